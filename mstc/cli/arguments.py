@@ -1,0 +1,60 @@
+"""Callbacks that check the arguments which several commands take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+import torch
+
+from mstc.errors import OptionError
+from mstc.options import parse_options
+
+__all__ = ["counts", "device", "mstc_options", "names"]
+
+Callback = Callable[[click.Context, click.Parameter, str], tuple[str, ...]]
+
+
+def names(allowed: Iterable[str]) -> Callback:
+    """A check for names out of ``allowed``, separated by commas; a name given twice counts once."""
+    known = tuple(allowed)
+
+    def check(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+        given = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        for name in given:
+            if name not in known:
+                raise click.BadParameter(f"'{name}' is none of {', '.join(known)}")
+        return given
+
+    return check
+
+
+def counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers above 0, separated by commas."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"'{value}' must be whole numbers above 0, separated by commas")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def mstc_options(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, Any]:
+    """Options of the backend as a JSON object, checked as the backend checks them."""
+    try:
+        options = json.loads(value)
+        parse_options(options)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"not JSON: {error}") from error
+    except OptionError as error:
+        raise click.BadParameter(str(error)) from error
+    return dict(options or {})
+
+
+def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """ "auto" becomes "cuda" where there is one, else "cpu"; CUDA asked for in vain is an error."""
+    if value == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if value == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("this torch finds no CUDA device")
+    return value

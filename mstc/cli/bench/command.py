@@ -1,0 +1,129 @@
+"""``mstc bench``: step time, peak memory and compile time of several systems on the same work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mstc.cli.arguments import counts, device, mstc_options, names
+from mstc.cli.bench.driver import WorkerError, run_job
+from mstc.cli.bench.job import Job, Result
+from mstc.cli.bench.models import MODELS
+from mstc.cli.bench.summary import as_data, ratios_of, summarize
+from mstc.cli.bench.systems import SYSTEMS
+from mstc.cli.bench.table import ratio_table, row_table
+from mstc.cli.console import make_console
+from mstc.cli.environment import available_cores, describe_machine, describe_versions
+
+__all__ = ["bench"]
+
+
+@dataclass
+class Runs:
+    """What came of the workers: results by (length, system), in the order asked for, and failures by the same."""
+
+    results: dict[tuple[int, str], list[Result]] = field(default_factory=dict)
+    failures: dict[tuple[int, str], str] = field(default_factory=dict)
+
+
+@click.command()
+@click.option("--systems", callback=names(SYSTEMS), metavar="NAME,...", default=",".join(SYSTEMS), show_default=True)
+@click.option(
+    "--seq", callback=counts, metavar="INT,...", default="8192", show_default=True, help="Tokens per sequence."
+)
+@click.option("--layers", type=click.IntRange(1), help="Layers, if not the model's own number.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Each runs every system once.")
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True, help="Measured steps of a run.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences per step.")
+@click.option("--model", type=click.Choice(list(MODELS)), default="llama", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--device", callback=device, type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; all usable cores unless given.")
+@click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options for mstc.")
+@click.option("--cold", is_flag=True, help="Compile without caches, as on a fresh machine.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+def bench(
+    systems: tuple[str, ...],
+    seq: tuple[int, ...],
+    rounds: int,
+    options: dict[str, Any],
+    cold: bool,
+    out: Path | None,
+    threads: int | None,
+    **work: Any,
+) -> None:
+    """Measure training steps (forward and backward) of a Hugging Face Llama with random weights.
+
+    Every run is a process of its own; the systems take turns in each round. Peak memory is above
+    what rests between steps. Exit status 1 when a system failed.
+    """
+    work["threads"] = threads or available_cores()
+    jobs = [Job(system=s, seq=n, options=options if s == "mstc" else {}, **work) for n in seq for s in systems]
+    console = make_console()
+    runs = _run_rounds(jobs, rounds, cold, make_console(stderr=True))
+    report = _report(runs, jobs, rounds, cold)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _print(runs, console)
+    if runs.failures:
+        raise click.exceptions.Exit(1)
+
+
+def _run_rounds(jobs: list[Job], rounds: int, cold: bool, console: Console) -> Runs:
+    """All jobs once per round, so that a slow spell of the machine hits all systems alike."""
+    runs = Runs()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=rounds * sum(job.steps + 1 for job in jobs))
+        for number in range(rounds):
+            for job in jobs:
+                progress.update(task, description=f"round {number + 1}: {SYSTEMS[job.system].about}, {job.seq} tokens")
+                key = (job.seq, job.system)
+                try:
+                    result = run_job(job, lambda event: progress.advance(task), cold=cold)
+                except WorkerError as error:
+                    runs.failures[key] = str(error)
+                else:
+                    runs.results.setdefault(key, []).append(result)
+    return runs
+
+
+def _report(runs: Runs, jobs: list[Job], rounds: int, cold: bool) -> dict[str, object]:
+    rows = [summarize(results) for results in runs.results.values()]
+    return {
+        "versions": describe_versions(),
+        "machine": describe_machine(),
+        "rounds": rounds,
+        "cold": cold,
+        "jobs": [json.loads(job.to_json()) for job in jobs],
+        "rows": as_data(rows),
+        "ratios": as_data(ratios_of("mstc", rows)),
+        "failures": [
+            {"seq": seq, "system": system, "reason": reason} for (seq, system), reason in runs.failures.items()
+        ],
+        "runs": [
+            {"seq": seq, "system": system, "step_s": r.step_s, "first_s": r.first_s, "peak_mb": r.peak_mb}
+            for (seq, system), results in runs.results.items()
+            for r in results
+        ],
+    }
+
+
+def _print(runs: Runs, console: Console) -> None:
+    rows = [summarize(results) for results in runs.results.values()]
+    if rows:
+        console.print(row_table("one training step (medians)", rows))
+    ratios = ratios_of("mstc", rows)
+    if ratios:
+        console.print(ratio_table("mstc", ratios))
+    for reason in runs.failures.values():
+        console.print(f"failed: {reason}", markup=False)

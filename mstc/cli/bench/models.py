@@ -1,0 +1,50 @@
+"""The models that are measured: Hugging Face's, unmodified, with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+__all__ = ["MODELS", "ModelSize", "build_model"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The sizes of a Llama: width, MLP width, layers, heads, key/value heads, vocabulary."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+
+MODELS: dict[str, ModelSize] = {
+    "llama": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000),
+    "llama-bytes": ModelSize(hidden=128, intermediate=448, layers=4, heads=4, kv_heads=2, vocab=256),
+    "llama-tiny": ModelSize(hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=256),
+}
+
+
+def build_model(size: ModelSize, layers: int | None = None) -> nn.Module:
+    """A Hugging Face Llama of this size in training mode; the caller seeds it and places it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = replace(size, layers=layers or size.layers)
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocab,
+        max_position_embeddings=1 << 20,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    model: Any = LlamaForCausalLM(config)
+    assert isinstance(model, nn.Module)
+    return model.train()

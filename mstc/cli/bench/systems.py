@@ -1,0 +1,96 @@
+"""The compared systems: each turns a Hugging Face causal model into a function from ids to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["INDUCTOR_VARIANTS", "SYSTEMS", "LossFn", "System"]
+
+LossFn = Callable[[Tensor], Tensor]  # ids [B, S] -> the mean loss, a scalar
+
+_HEAD_CHUNK = 512  # tokens per chunk of F.linear_cross_entropy; its default holds all logits at once
+_CHUNKER_THRESHOLD = 4  # auto_chunker's amplification above which it chunks; its default leaves this head alone
+
+
+@dataclass(frozen=True)
+class System:
+    """A system by what people call it, and how to build it from a model and (for mstc) options."""
+
+    about: str
+    build: Callable[[Any, dict[str, Any]], LossFn]
+    compiles: bool = True
+
+
+def _model_loss(model: Any) -> LossFn:
+    def loss_fn(ids: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        return loss
+
+    return loss_fn
+
+
+def _eager(model: Any, options: dict[str, Any]) -> LossFn:
+    return _model_loss(model)
+
+
+def _checkpointing(model: Any, options: dict[str, Any]) -> LossFn:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return _model_loss(model)
+
+
+def _inductor(model: Any, options: dict[str, Any]) -> LossFn:
+    return torch.compile(_model_loss(model))
+
+
+def _inductor_chunker(model: Any, options: dict[str, Any]) -> LossFn:
+    chunker: dict[str, Any] = {
+        "auto_chunker.enable": True,
+        "auto_chunker.amplify_ratio_threshold": _CHUNKER_THRESHOLD,
+    }
+    return torch.compile(_model_loss(model), options=chunker)
+
+
+def _inductor_linear_ce(model: Any, options: dict[str, Any]) -> LossFn:
+    """The head and loss by hand through F.linear_cross_entropy (torch 2.13)."""
+    chunked = nn.LinearCrossEntropyOptions(batch_chunk_size=_HEAD_CHUNK)
+
+    def loss_fn(ids: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
+        target = ids[:, 1:].flatten()
+        return nn.functional.linear_cross_entropy(hidden, model.lm_head.weight, target, options=chunked)
+
+    return torch.compile(loss_fn)
+
+
+def _inductor_causal(model: Any, options: dict[str, Any]) -> LossFn:
+    """The explicit mask that the compiled model builds, removed by hand."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def causal(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **settings: Any) -> Any:
+        return sdpa_attention_forward(module, q, k, v, None, **{**settings, "is_causal": True})
+
+    AttentionInterface.register("causal", causal)
+    model.set_attn_implementation("causal")
+    return torch.compile(_model_loss(model))
+
+
+def _mstc(model: Any, options: dict[str, Any]) -> LossFn:
+    return torch.compile(_model_loss(model), backend="mstc", options=dict(options))
+
+
+SYSTEMS: dict[str, System] = {
+    "eager": System("eager", _eager, compiles=False),
+    "ckpt": System("gradient checkpointing", _checkpointing, compiles=False),
+    "inductor": System("Inductor", _inductor),
+    "inductor-chunker": System(f"Inductor + auto_chunker (threshold {_CHUNKER_THRESHOLD})", _inductor_chunker),
+    "inductor-linear-ce": System(f"Inductor + F.linear_cross_entropy ({_HEAD_CHUNK})", _inductor_linear_ce),
+    "inductor-causal": System("Inductor, causal mask removed by hand", _inductor_causal),
+    "mstc": System("mstc", _mstc),
+}
+INDUCTOR_VARIANTS = tuple(name for name in SYSTEMS if name.startswith("inductor"))

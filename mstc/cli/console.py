@@ -1,0 +1,29 @@
+"""Consoles, tables and figures, the same in every command."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["make_console", "make_table", "number"]
+
+_PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that does not squeeze its tables when nobody's terminal sets the width."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table: names in the first column, figures in the others."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def number(value: float | None, digits: int, missing: str = "not measured") -> str:
+    """A figure with ``digits`` after the point, or ``missing`` in place of None."""
+    return missing if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,36 @@
+"""What the figures depend on: versions of the software and the size of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+__all__ = ["available_cores", "describe_machine", "describe_versions"]
+
+_PACKAGES = ("torch", "triton", "transformers", "mstc")
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's version and each package's, "not installed" where there is none."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def describe_machine() -> dict[str, object]:
+    """System, processor type, usable cores and GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"system": platform.system(), "processor": platform.machine(), "cores": available_cores(), "gpus": gpus}
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

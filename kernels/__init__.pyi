@@ -1,0 +1,2 @@
+from mstc.kernels.api import linear_attention as linear_attention
+from mstc.kernels.common.checks import KernelArgumentError as KernelArgumentError

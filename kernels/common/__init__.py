@@ -1,0 +1,1 @@
+"""What the kernel classes share: argument checks, the segment loop, decay sums, the split algebra."""

@@ -1,0 +1,74 @@
+"""Checks of arguments; each error names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mstc.errors import MstcError
+
+__all__ = ["MAX_HEAD_DIM", "KernelArgumentError", "check_device", "check_dtype", "check_offsets", "check_shape", "fail"]
+
+MAX_HEAD_DIM = 256
+"""Largest K and V: a [K, V] state in float32 must fit the registers and shared memory of one program."""
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class KernelArgumentError(MstcError, ValueError):
+    """An argument of a kernel has a shape, dtype, device or value that is not allowed."""
+
+
+def fail(name: str, given: object, allowed: str) -> KernelArgumentError:
+    """The error for argument ``name``; the caller raises it."""
+    return KernelArgumentError(f"{name}: got {given}; allowed: {allowed}")
+
+
+def check_shape(name: str, tensor: Tensor, dims: Sequence[tuple[str, int]]) -> None:
+    """Raise unless ``tensor`` has the shape spelt by ``dims``, a sequence of (letter, size)."""
+    expected = tuple(size for _, size in dims)
+    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+        letters = ", ".join(f"{letter}={size}" for letter, size in dims)
+        raise fail(name, f"shape {list(tensor.shape)}", f"[{letters}]")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = INPUT_DTYPES) -> None:
+    """Raise unless ``tensor.dtype`` is among ``allowed``."""
+    if tensor.dtype not in allowed:
+        raise fail(name, f"dtype {tensor.dtype}", ", ".join(str(dtype) for dtype in allowed))
+
+
+def check_device(reference: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise unless all tensors lie on the device of ``tensors[reference]``."""
+    first = tensors[reference]
+    assert first is not None
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise fail(name, f"device {tensor.device}", f"the device of {reference}, {first.device}")
+
+
+def check_head_dim(name: str, size: int) -> None:
+    """Raise unless 1 <= size <= MAX_HEAD_DIM."""
+    if not 1 <= size <= MAX_HEAD_DIM:
+        raise fail(name, f"last dimension {size}", f"1 to {MAX_HEAD_DIM}")
+
+
+def check_offsets_form(cu_seqlens: Tensor, batch: int) -> None:
+    """What can be checked of ``cu_seqlens`` without its values."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise fail("cu_seqlens", f"shape {list(cu_seqlens.shape)}", "one dimension with at least 2 entries")
+    check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    if batch != 1:
+        raise fail("cu_seqlens", f"a batch of B={batch}", "B=1, the documents packed along T")
+
+
+def check_offsets(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """The offsets as a list: they start at 0, never fall and end at ``tokens``."""
+    offsets: list[int] = cu_seqlens.tolist()
+    rising = all(a <= b for a, b in pairwise(offsets))
+    if offsets[0] != 0 or offsets[-1] != tokens or not rising:
+        raise fail("cu_seqlens", offsets, f"0 first, T={tokens} last, never falling")
+    return offsets

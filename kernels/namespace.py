@@ -1,0 +1,37 @@
+"""The names of ``mstc.kernels``, each loaded when first used.
+
+``kernels/`` holds no ``__init__.py``, so that the folder does not hide Hugging Face's package
+``kernels`` where the repository lies on the path. ``mstc.kernels`` is therefore a namespace
+package; importing this module, as ``mstc/__init__.py`` does, gives it its names.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+__all__ = ["NAMES"]
+
+NAMES = {
+    "KernelArgumentError": "mstc.kernels.common.checks",
+    "linear_attention": "mstc.kernels.api",
+}
+
+
+class _Kernels(ModuleType):
+    """A module whose public names come from ``NAMES`` (its class may be set: see the data model's chapter)."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in NAMES:
+            raise AttributeError(f"module 'mstc.kernels' has no attribute '{name}'")
+        value = getattr(import_module(NAMES[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *NAMES})
+
+
+sys.modules["mstc.kernels"].__class__ = _Kernels

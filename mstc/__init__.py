@@ -57,3 +57,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+import_module(
+    "mstc.kernels.namespace"
+)  # gives the namespace package mstc.kernels its names; loads neither torch nor triton

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mstc.cli.arguments import names
+from mstc.cli.arguments import mstc_options, names
 from mstc.cli.bench.driver import WorkerError, run_job
 from mstc.cli.bench.job import Event, Job, Result
 from mstc.cli.bench.summary import as_data, ratios_of, summarize
@@ -35,8 +36,11 @@ _LEARNING_RATE = 3e-3
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default="demo_output", show_default=True, help="Folder."
 )
+@click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options for mstc.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than tables.")
-def demo(steps: int, seq: int, systems: tuple[str, ...], model: str, out: Path, as_json: bool) -> None:
+def demo(
+    steps: int, seq: int, systems: tuple[str, ...], model: str, out: Path, options: dict[str, Any], as_json: bool
+) -> None:
     """Train a byte-level Llama on Python's own source files under each system, on the same batches.
 
     Each system runs in a process of its own and compiles without caches. Ends with a table, and
@@ -51,6 +55,7 @@ def demo(steps: int, seq: int, systems: tuple[str, ...], model: str, out: Path, 
             threads=available_cores(),
             text=True,
             learning_rate=_LEARNING_RATE,
+            options=options if system == "mstc" else {},
         )
         for system in systems
     ]

@@ -1,0 +1,29 @@
+"""Every compared system does the same work: the same loss from the same model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mstc.cli.bench.models import MODELS, build_model
+from mstc.cli.bench.systems import INDUCTOR_VARIANTS, SYSTEMS
+
+
+def loss_and_norm(system: str) -> tuple[float, float]:
+    torch.manual_seed(0)
+    model = build_model(MODELS["llama-tiny"])
+    ids = torch.randint(0, MODELS["llama-tiny"].vocab, (2, 40))
+    with torch.compiler.set_stance("force_eager"):
+        loss = SYSTEMS[system].build(model, {})(ids)
+        torch.autograd.backward(loss)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    return loss.item(), norm.item()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_same_loss_and_gradient_as_eager(system: str) -> None:
+    assert loss_and_norm(system) == pytest.approx(loss_and_norm("eager"), rel=1e-5)
+
+
+def test_the_variants_are_systems() -> None:
+    assert len(INDUCTOR_VARIANTS) == 4 and set(INDUCTOR_VARIANTS) <= set(SYSTEMS)

@@ -1,0 +1,72 @@
+"""Everything that needs an NVIDIA GPU: the tests marked ``gpu``, then the benchmark.
+
+``python tests/gpu/run.py [--out FOLDER]`` ends with a short table and writes ``gpu.json``. Without
+a GPU it says "not measured", and runs the benchmark once on a tiny model on the CPU, so that
+the commands themselves are known to work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mstc.cli.environment import describe_machine, describe_versions
+
+SYSTEMS = "eager,ckpt,inductor,inductor-causal,mstc"
+ON_GPU = ["--device", "cuda", "--dtype", "bfloat16", "--seq", "8192,32768", "--rounds", "2", "--steps", "5"]
+DRY_RUN = ["--device", "cpu", "--model", "llama-tiny", "--seq", "64", "--systems", "eager,ckpt", "--steps", "1"]
+
+
+def run(*command: str) -> int:
+    print("$", " ".join(command), flush=True)
+    return subprocess.run([sys.executable, "-m", *command], check=False).returncode
+
+
+def bench(out: Path, arguments: list[str]) -> tuple[int, dict[str, Any]]:
+    """Run ``mstc bench``; its exit status and what it wrote."""
+    path = out / "bench.json"
+    path.unlink(missing_ok=True)
+    status = run("mstc.cli.main", "bench", *arguments, "--out", str(path))
+    return status, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench_output/gpu"), help="folder for the JSON files")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.is_available()
+    tests = run("pytest", "-m", "gpu", "tests", *([] if gpu else ["--collect-only", "-q"]))
+    status, measured = bench(out, ["--systems", SYSTEMS, *ON_GPU] if gpu else DRY_RUN)
+    report = {
+        "versions": describe_versions(),
+        "machine": describe_machine(),
+        "tests": ("passed" if tests == 0 else "failed") if gpu else "not measured",
+        "bench": measured if gpu else "not measured",
+        "dry_run": None if gpu else ("worked" if status == 0 else "failed"),
+    }
+    (out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_table(report)
+    return int(tests != 0 or status != 0)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"\ntests on a GPU      {report['tests']}")
+    if report["bench"] == "not measured":
+        print("benchmark on a GPU  not measured (no NVIDIA GPU here)")
+        print(f"dry run on the CPU  {report['dry_run']}")
+        return
+    print(f"{'system':<20} {'tokens':>7} {'step s':>8} {'peak MB':>8} {'compile s':>10}")
+    for row in report["bench"].get("rows", []):
+        compiling = "-" if row["compile_s"] is None else f"{row['compile_s']:.1f}"
+        print(f"{row['system']:<20} {row['seq']:>7} {row['step_s']:>8.3f} {row['peak_mb']:>8.0f} {compiling:>10}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

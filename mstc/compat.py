@@ -1,0 +1,206 @@
+"""Every private PyTorch API that mstc uses, each with its reason.
+
+Versions checked: 2.13 by running; 2.11 and 2.12 by reading their sources. Nothing else in
+mstc may import a private name of torch (a test holds this).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor import config as inductor_config
+from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.wrap import TagActivationCheckpoint
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "CheckpointPolicy",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "Traced",
+    "fake_inputs",
+    "fake_mode_of",
+    "fake_mode_of_values",
+    "is_autocast_switch",
+    "is_checkpoint",
+    "is_grad_mode_switch",
+    "isolated_tracing",
+    "lower_with",
+    "trace_flat",
+    "trace_functional",
+    "without_cudagraphs",
+    "tree_leaves",
+]
+
+SUPPORTED_TORCH = ((2, 11), (2, 13))
+
+_block_ids = itertools.count(1)
+
+tree_leaves = pytree.tree_leaves
+
+
+def is_grad_mode_switch(node: fx.Node) -> bool:
+    """``torch._C._set_grad_enabled``: how Dynamo writes ``torch.no_grad()`` into a graph."""
+    return node.op == "call_function" and node.target is torch._C._set_grad_enabled
+
+
+def is_autocast_switch(node: fx.Node) -> bool:
+    """``torch.amp.autocast_mode._enter_autocast`` / ``_exit_autocast``."""
+    return node.op == "call_function" and node.target in (
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    )
+
+
+def is_checkpoint(target: object) -> bool:
+    """The higher-order op into which Dynamo turns ``torch.utils.checkpoint``."""
+    return isinstance(target, TagActivationCheckpoint)
+
+
+def fake_mode_of(values: Sequence[object]) -> FakeTensorMode:
+    """The fake mode of the running compilation, or that of the first fake tensor in ``values``."""
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_inputs(placeholders: Sequence[fx.Node], inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Fake versions of a backend's example inputs.
+
+    A backend gets real tensors, but fake ones under DDP's optimizer. The tracing context's
+    symbolic context and source go along: without them new symbols and guards would appear.
+    """
+    context = TracingContext.try_get()
+    fakes: list[Any] = []
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, FakeTensor) and value.fake_mode is mode:
+            fakes.append(value)
+        elif isinstance(value, torch.Tensor):
+            symbolic = context.tensor_to_context.get(value) if context is not None else None
+            source = symbolic.tensor_source if symbolic is not None else None
+            fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
+        else:
+            fakes.append(node.meta.get("example_value", value))
+    return fakes
+
+
+class _SourceKeepingInterpreter(fx.Interpreter):
+    """Runs a Dynamo graph and hands each node's metadata (source line, module path) on.
+
+    Calling ``gm.forward`` would lose it. A checkpointed block's body is run in place, each of
+    its nodes tagged for recomputation as AOTAutograd would tag it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, tags: Mapping[str, Any] | None = None) -> None:
+        super().__init__(gm)
+        self._tags = dict(tags or {})
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta.update(self._tags)
+        with fx.traceback.set_current_meta(n):
+            return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not is_checkpoint(target):
+            return super().call_function(target, args, kwargs)
+        body, *operands = args
+        tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_block_ids)}
+        return _SourceKeepingInterpreter(body, tags).run(*operands)
+
+
+class Traced:
+    """Result of `trace_functional`: the graph, and which inputs it changes in place."""
+
+    def __init__(self, gm: fx.GraphModule, mutated: list[int], retyped: list[int]) -> None:
+        self.gm = gm
+        self.mutated = mutated
+        self.retyped = retyped
+
+
+def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> Traced:
+    """Retrace a Dynamo graph into functional ATen ops, before autograd.
+
+    ``export=True`` keeps linear, attention, norms and losses whole. New values of mutated
+    inputs follow the graph's own outputs, in the order of ``Traced.mutated``.
+    """
+    functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    mutated: list[int] = []
+    retyped: list[int] = []
+
+    def unwrap(value: Any) -> Any:
+        if not isinstance(value, FunctionalTensor):
+            return value
+        torch._sync(value)
+        return torch._from_functional_tensor(value.elem)
+
+    def run(*args: Any) -> Any:
+        with functional:
+            wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
+            out = _SourceKeepingInterpreter(gm).run(*wrapped)
+            for i, value in enumerate(wrapped):
+                if not isinstance(value, FunctionalTensor):
+                    continue
+                if torch._functionalize_has_metadata_mutation(value.elem):
+                    retyped.append(i)
+                elif torch._functionalize_has_data_mutation(value.elem):
+                    mutated.append(i)
+            written = [unwrap(wrapped[i]) for i in mutated]
+            return [*pytree.tree_map(unwrap, pytree.tree_leaves(out)), *written]
+
+    with mode, fx.traceback.preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    return Traced(traced, mutated, retyped)
+
+
+def trace_flat(
+    function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """Trace ``function`` over fake tensors below autograd; what it differentiates is recorded as plain ops."""
+    return make_fx(
+        function,
+        decomposition_table=dict(decompositions or {}),
+        tracing_mode="real",
+        _allow_non_fake_inputs=True,
+    )(*fakes)
+
+
+@contextlib.contextmanager
+def isolated_tracing(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """A tracing context of its own, so that compiling a body inside a backend leaves the outer one alone."""
+    with tracing(TracingContext(mode) if mode is not None else None):
+        yield
+
+
+def fake_mode_of_values(values: Sequence[object]) -> FakeTensorMode:
+    """The fake mode of the first fake tensor in ``values``, whatever compilation is running."""
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+
+
+@contextlib.contextmanager
+def without_cudagraphs() -> Iterator[None]:
+    """A loop body runs inside an operator, where a CUDA graph of its own cannot be recorded."""
+    with inductor_config.patch({"triton.cudagraphs": False}):
+        yield
+
+
+def lower_with(name: str) -> Callable[..., Any]:
+    """Dynamo's own backend of that name ("inductor", "aot_eager", "eager"); the registry is private."""
+    backend: Callable[..., Any] = lookup_backend(name)
+    return backend

@@ -1,0 +1,1 @@
+"""Analysis and editing of graphs: normal form, axes, regions, editor, checker, text."""

@@ -1,0 +1,177 @@
+"""Axis inference: which factor of which dimension of every value is the same axis.
+
+Axes are born at dimensions that no operand explains (a placeholder's, a linear's output, a mixer's
+result), flow through the rules of `mstc.graph.rules`, and are united where a rule aligns two of
+them. Neither names nor sizes are matched: two axes of equal size stay two until an op aligns them.
+
+An axis's identity only proposes what might run piece by piece. What is *proved*, node by node, is
+`Axes.tokenwise`: index t of the result reads index t of each operand that carries the axis, and
+nothing else of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.places import Flow, Lost, Place
+from mstc.graph.rules import flow_of, rule_of
+from mstc.graph.rules.call import operands_of
+from mstc.graph.sizes import same, shape_of
+
+Axis = int
+
+
+@dataclass(frozen=True)
+class Tokenwise:
+    """Proof that a node treats one axis index by index.
+
+    place: of the axis in the node's results; needs: for each operand in order, the place along
+    which it is cut, or None where it is shared whole by all indices.
+    """
+
+    place: Place
+    needs: tuple[Place | None, ...]
+
+
+@dataclass(frozen=True)
+class NotTokenwise:
+    """Why a node is not tokenwise along an axis; ``sums``: it adds up over the whole axis."""
+
+    reason: str
+    sums: bool = False
+
+
+class Axes:
+    """The axes of all values of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._parent: list[Axis] = []
+        self._places: dict[fx.Node, list[tuple[Axis, Place]]] = {}
+        self._flows: dict[fx.Node, Flow | None] = {}
+        for node in graph.nodes:
+            self._visit(node)
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def find(self, axis: Axis) -> Axis:
+        while self._parent[axis] != axis:
+            self._parent[axis] = self._parent[self._parent[axis]]
+            axis = self._parent[axis]
+        return axis
+
+    def of(self, node: fx.Node) -> set[Axis]:
+        """The axes that stand in the node's value."""
+        return {self.find(a) for a, _ in self._places.get(node, ())}
+
+    def places(self, node: fx.Node, axis: Axis) -> list[Place]:
+        """Where ``axis`` stands in the node's value: once where all is well, twice in an S x S mask."""
+        found: list[Place] = []
+        for a, place in self._places.get(node, ()):
+            if self.find(a) == axis and place not in found:
+                found.append(place)
+        return found
+
+    def flow(self, node: fx.Node) -> Flow | None:
+        return self._flows.get(node)
+
+    def tokenwise(self, node: fx.Node, axis: Axis) -> Tokenwise | NotTokenwise:
+        """Prove that ``node`` may run on pieces of ``axis``, or say why not."""
+        if node.target is operator.getitem:
+            return self._tokenwise_item(node, axis)
+        flow = self._flows.get(node)
+        if flow is None:
+            known = rule_of(node.target) is not None
+            return NotTokenwise(f"{node.target} {'is not covered with these arguments' if known else 'has no axis rule'}")
+        places = self.places(node, axis)
+        operands = operands_of(node)
+        if len(places) != 1:
+            return self._explain_absent(node, axis, flow, operands, len(places))
+        needs: list[Place | None] = []
+        for i, operand in enumerate(operands):
+            need = flow.back(i, places[0])
+            held = self.places(operand, axis)
+            if held and (len(held) > 1 or need is None or not _same_place(held[0], need)):
+                return NotTokenwise(f"{node.target} needs all indices of the axis of its operand {operand.name}")
+            needs.append(need)
+        return Tokenwise(places[0], tuple(needs))
+
+    def _tokenwise_item(self, node: fx.Node, axis: Axis) -> Tokenwise | NotTokenwise:
+        places = self.places(node, axis)
+        if len(places) != 1:
+            return NotTokenwise("the axis does not stand in this result")
+        return Tokenwise(places[0], (places[0],))
+
+    def _explain_absent(
+        self, node: fx.Node, axis: Axis, flow: Flow, operands: list[fx.Node], count: int
+    ) -> NotTokenwise:
+        if count > 1:
+            return NotTokenwise(f"{node.target} pairs the axis with itself")
+        lost = [
+            flow.carry(i, p) for i, operand in enumerate(operands) for p in self.places(operand, axis)
+        ]
+        if lost and all(how is Lost.SUMMED for how in lost):
+            return NotTokenwise(f"{node.target} sums over the axis", sums=True)
+        return NotTokenwise(f"{node.target} mixes the axis")
+
+    # -- inference ---------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op in ("placeholder", "get_attr"):
+            self._bear(node, [])
+        elif node.op == "call_function":
+            if node.target is operator.getitem:
+                source = node.args[0]
+                self._bear(node, list(self._places.get(source, ())) if isinstance(source, fx.Node) else [])
+                return
+            flow = flow_of(node)
+            self._flows[node] = flow
+            self._bear(node, self._carried(node, flow) if flow is not None else [])
+
+    def _carried(self, node: fx.Node, flow: Flow) -> list[tuple[Axis, Place]]:
+        found: list[tuple[Axis, Place]] = []
+        for i, operand in enumerate(operands_of(node)):
+            for axis, place in self._places.get(operand, ()):
+                carried = flow.carry(i, place)
+                if isinstance(carried, Lost) or flow.back(i, carried) is None:
+                    continue
+                for other, known in found:
+                    if _same_place(known, carried):
+                        self._unite(other, axis)
+                        break
+                else:
+                    found.append((axis, carried))
+        return found
+
+    def _bear(self, node: fx.Node, carried: list[tuple[Axis, Place]]) -> None:
+        """Give a new axis to every dimension that no operand explains."""
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            value = value[0]
+        if not isinstance(value, torch.Tensor):
+            self._places[node] = []
+            return
+        shape = shape_of(value)
+        explained = {p.dim for _, p in carried}
+        places = [(a, p) for a, p in carried if p.dim < len(shape) and _fits(p, shape[p.dim])]
+        for dim, extent in enumerate(shape):
+            if dim not in explained and not same(extent, 1):
+                self._parent.append(len(self._parent))
+                places.append((self._parent[-1], Place(dim, extent)))
+        self._places[node] = places
+
+    def _unite(self, a: Axis, b: Axis) -> None:
+        a, b = self.find(a), self.find(b)
+        if a != b:
+            self._parent[max(a, b)] = min(a, b)
+
+
+def _same_place(a: Place, b: Place) -> bool:
+    return a.dim == b.dim and same(a.n, b.n) and same(a.outer, b.outer) and same(a.inner, b.inner)
+
+
+def _fits(place: Place, extent: object) -> bool:
+    return same(place.outer * place.n * place.inner, extent)

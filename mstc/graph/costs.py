@@ -1,0 +1,53 @@
+"""What one node costs: FLOPs of matrix products (2 per multiply-add) and bytes of values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.fx as fx
+
+aten = torch.ops.aten
+
+_MATMULS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.matmul.default,
+)
+
+
+def is_heavy(node: fx.Node) -> bool:
+    """A matrix product: what chunks must be large enough for, and what recomputation avoids."""
+    return node.target in _MATMULS
+
+
+def matmul_flops(node: fx.Node) -> float:
+    """FLOPs of a matrix product, 0 for anything else. Symbolic sizes count by their hint."""
+    if not is_heavy(node):
+        return 0.0
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
+    assert isinstance(left, fx.Node) and operands
+    inner = hint(left.meta["val"].shape[-1]) if left.meta["val"].dim() else 1
+    return 2.0 * numel(node) * inner
+
+
+def hint(size: object) -> int:
+    """A number for a size: itself, or the example that a symbolic size was traced with."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.hint
+        return int(known) if known is not None else 4096
+    return int(size)  # type: ignore[call-overload, no-any-return]
+
+
+def numel(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return math.prod(hint(s) for s in value.shape) if isinstance(value, torch.Tensor) else 0
+
+
+def nbytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return numel(node) * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -1,0 +1,168 @@
+"""The one object that changes a graph; it records every edit."""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc import compat
+from mstc.graph.provenance import source_of
+from mstc.report import Edit
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "recompute", "ac_graph_id")
+
+
+def has_order(node: fx.Node) -> bool:
+    """Whether the node must keep its place among others of its kind: it draws random numbers or writes."""
+    if node.op != "call_function" or not isinstance(node.target, compat.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded in node.target.tags or bool(node.target._schema.is_mutable)
+
+
+class Editor:
+    """Changes one graph in normal form on behalf of one pass after another.
+
+    A pass calls `call` to add a node, `replace` to route uses to it, `set_output` to change
+    what the graph returns; the driver calls `finish` after each pass. Nodes that a site recorded
+    before another site was applied are looked up with `resolve`.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.edits: list[Edit] = []
+        self.pass_name = ""
+        self._replaced: dict[fx.Node, fx.Node] = {}
+        self._mode = compat.fake_mode_of([n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")])
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """The node that stands for ``node`` now, after the replacements made so far."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        like: fx.Node,
+        before: fx.Node | None = None,
+    ) -> fx.Node:
+        """Add a call of ``target`` just before ``before`` (default: ``like``), with the provenance of ``like``.
+
+        Its ``val`` is computed on fake tensors; it needs a gradient where one of its inputs does
+        and its value can.
+        """
+        graph = self.gm.graph
+        with graph.inserting_before(before or like):
+            node = graph.call_function(target, args, dict(kwargs or {}))
+        node.meta = {k: like.meta[k] for k in _PROVENANCE if k in like.meta}
+        node.meta["val"] = self._evaluate(node)
+        node.meta["needs_grad"] = any(i.meta.get("needs_grad") for i in node.all_input_nodes) and _is_float(
+            node.meta["val"]
+        )
+        return node
+
+    def getitem(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:
+        """Add ``node[index]`` right behind ``node``."""
+        return self.call(operator.getitem, (node, index), like=like, before=node.next)
+
+    def constant(self, name: str, value: torch.Tensor, *, like: fx.Node) -> fx.Node:
+        """Add a tensor constant to the module and a ``get_attr`` of it."""
+        while hasattr(self.gm, name):
+            name += "_"
+        self.gm.register_buffer(name, value, persistent=False)
+        with self.gm.graph.inserting_before(like):
+            node = self.gm.graph.get_attr(name)
+        node.meta["val"] = self._mode.from_tensor(value)
+        node.meta["needs_grad"] = False
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node, what: str) -> None:
+        """Let every user of ``old`` use ``new``; ``old`` goes when nothing needs it."""
+        old.replace_all_uses_with(new, propagate_meta=False)
+        self._replaced[old] = new
+        self.edits.append(Edit(self.pass_name, what, (new.name,), (old.name,), source_of(old)))
+
+    def replace_input(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one user use ``new`` instead of ``old``."""
+        node.replace_input_with(old, new)
+
+    def replace_many(self, pairs: Iterable[tuple[fx.Node, fx.Node]], removed: Iterable[str], what: str) -> None:
+        """Replace several values by the outputs of one new node, recorded as one edit."""
+        pairs = list(pairs)
+        for old, new in pairs:
+            old.replace_all_uses_with(new, propagate_meta=False)
+            self._replaced[old] = new
+        added = tuple(new.name for _, new in pairs)
+        source = source_of(pairs[0][0]) if pairs else ""
+        self.edits.append(Edit(self.pass_name, what, added, tuple(removed), source))
+
+    def recompute(self, node: fx.Node, block: int, what: str) -> None:
+        """Tag a node and its results to be run again in the backward rather than kept."""
+        for tagged in (node, *(u for u in node.users if u.target is operator.getitem)):
+            tagged.meta["recompute"] = compat.CheckpointPolicy.MUST_RECOMPUTE
+            tagged.meta["ac_graph_id"] = block
+        self.edits.append(Edit(self.pass_name, what, (node.name,), (), source_of(node)))
+
+    def set_outputs(self, values: list[Any], what: str) -> None:
+        """Change what the graph returns, position by position."""
+        output = self.gm.graph.output_node()
+        output.args = (tuple(values),)
+        output.meta["val"] = tuple(v.meta["val"] if isinstance(v, fx.Node) else v for v in values)
+        self.edits.append(Edit(self.pass_name, what))
+
+    def finish(self) -> None:
+        """Bring the nodes into a valid order, drop dead ones, check and recompile."""
+        graph = self.gm.graph
+        self._sort()
+        graph.eliminate_dead_code()
+        graph.lint()
+        self.gm.recompile()
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
+        with self._mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _sort(self) -> None:
+        """Stable topological order; random and writing ops keep their order among themselves."""
+        nodes = list(self.gm.graph.nodes)
+        rank = {n: i for i, n in enumerate(nodes)}
+        waiting = {n: set(n.all_input_nodes) for n in nodes}
+        followers: dict[fx.Node, set[fx.Node]] = {n: set(n.users) for n in nodes}
+        ordered = [n for n in nodes if has_order(n)]
+        for first, second in zip(ordered, ordered[1:], strict=False):
+            waiting[second].add(first)
+            followers[first].add(second)
+        output = nodes[-1]
+        waiting[output] |= {n for n in nodes if n is not output}
+        for n in nodes:
+            followers[n].add(output)
+        ready = [rank[n] for n in nodes if not waiting[n]]
+        heapq.heapify(ready)
+        order: list[fx.Node] = []
+        while ready:
+            node = nodes[heapq.heappop(ready)]
+            order.append(node)
+            for user in followers[node]:
+                waiting[user].discard(node)
+                if not waiting[user] and user is not node:
+                    heapq.heappush(ready, rank[user])
+        assert len(order) == len(nodes), "the edited graph has a cycle"
+        if order == nodes:
+            return
+        last = order[0]
+        for node in order[1:]:
+            last.append(node)
+            last = node
+
+
+def _is_float(value: object) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in compat.tree_leaves(value))

@@ -1,0 +1,174 @@
+"""The normal form: one flat graph of functional ATen ops, before autograd, under one grad mode.
+
+What every later step may rely on (held by `mstc.graph.checker`):
+
+- nodes are placeholders, ``get_attr`` of constants, calls of ATen (or custom) ops, ``getitem`` and the output;
+- nothing is changed in place, except copies back into mutated inputs at the end;
+- ``torch.no_grad`` stretches are written as ``detach`` of what they read, so no node switches the grad mode;
+- every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc import compat
+from mstc.graph.provenance import source_of
+
+aten = torch.ops.aten
+
+_CARRIED = ("grapharg", "tensor_dict", "example_value", "steal_arg", "_fake_tensor")
+_ASSERTS = (aten._assert_tensor_metadata.default,)
+_CUTS_GRADIENT = (aten.detach.default,)
+
+
+class NotNormalError(Exception):
+    """The graph as a whole cannot be brought to normal form; it is lowered as it was.
+
+    node, source: where the obstacle stands ("" if it is not one node's).
+    """
+
+    def __init__(self, reason: str, node: str = "", source: str = "", remedy: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.node, self.source, self.remedy = reason, node, source, remedy
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """A graph in normal form, and whether gradients are recorded when it runs."""
+
+    gm: fx.GraphModule
+    training: bool
+
+
+def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
+    """Bring a Dynamo graph to normal form.
+
+    Raises `NotNormalError` where it holds something that the retracing would lose.
+    """
+    _refuse_unknown(gm)
+    mode = compat.fake_mode_of(inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = compat.fake_inputs(placeholders, inputs, mode)
+    grad_mode = torch.is_grad_enabled()
+    traced = compat.trace_functional(gm, fakes, mode)
+    if traced.retyped:
+        name = placeholders[traced.retyped[0]].name
+        raise NotNormalError(f"input {name} has its shape or strides changed in place", name)
+    graph = traced.gm.graph
+    _write_back(graph, traced.mutated, fakes)
+    _carry_metadata(gm, placeholders, traced.gm)
+    _drop_asserts(graph)
+    _fold_grad_mode(graph, fakes, grad_mode)
+    graph.eliminate_dead_code()
+    graph.lint()
+    traced.gm.recompile()
+    return NormalForm(traced.gm, any(n.meta.get("needs_grad") for n in graph.nodes))
+
+
+def _refuse_unknown(gm: fx.GraphModule) -> None:
+    for module in gm.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if compat.is_autocast_switch(node):
+                raise NotNormalError(
+                    "the graph switches autocast on or off",
+                    node.name,
+                    source_of(node),
+                    "cast the model's parameters (model.to(torch.bfloat16)) instead of using torch.autocast",
+                )
+            if isinstance(node.target, compat.HigherOrderOperator) and not compat.is_checkpoint(node.target):
+                raise NotNormalError(
+                    f"the graph holds the higher-order op {node.target.name()}, which has a graph of its own",
+                    node.name,
+                    source_of(node),
+                )
+
+
+def _write_back(graph: fx.Graph, mutated: Sequence[int], fakes: Sequence[Any]) -> None:
+    """Turn the new values of mutated inputs into explicit copies at the end of the graph."""
+    output = graph.output_node()
+    values = list(output.args[0])  # type: ignore[arg-type]
+    kept = len(values) - len(mutated)
+    placeholders = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(output):
+        for index, value in zip(mutated, values[kept:], strict=True):
+            target = placeholders[index]
+            if fakes[index].requires_grad:
+                raise NotNormalError(f"input {target.name}, which needs a gradient, is changed in place", target.name)
+            copy = graph.call_function(aten.copy_.default, (target, value))
+            copy.meta["val"] = fakes[index]
+    output.args = (tuple(values[:kept]),)
+    output.meta["val"] = tuple(v.meta["val"] if isinstance(v, fx.Node) else v for v in values[:kept])
+
+
+def _carry_metadata(old: fx.GraphModule, placeholders: Sequence[fx.Node], new: fx.GraphModule) -> None:
+    """Keep what the lowering reads off Dynamo's graph: sources of inputs, names of parameters, compile ids."""
+    new.meta.update(old.meta)
+    for key in ("_param_name_to_source",):
+        if hasattr(old, key):
+            setattr(new, key, getattr(old, key))
+    for before, after in zip(placeholders, new.graph.find_nodes(op="placeholder"), strict=True):
+        after.meta.update({k: before.meta[k] for k in _CARRIED if k in before.meta})
+        after.meta["user_name"] = before.name
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+        if before.meta.get("stack_trace"):
+            after.meta["stack_trace"] = before.meta["stack_trace"]
+
+
+def _drop_asserts(graph: fx.Graph) -> None:
+    """Retracing checked them; they would only keep their inputs alive."""
+    for node in list(graph.nodes):
+        if node.target in _ASSERTS and not node.users:
+            graph.erase_node(node)
+
+
+def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:
+    """Write grad-mode switches as ``detach`` and note which values need gradients."""
+    recording = grad_mode
+    detached: dict[fx.Node, fx.Node] = {}
+    arguments = iter(fakes)
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            value = next(arguments)
+            node.meta["needs_grad"] = grad_mode and isinstance(value, torch.Tensor) and value.requires_grad
+        elif compat.is_grad_mode_switch(node):
+            recording = bool(node.args[0])
+            if recording and not grad_mode:
+                raise NotNormalError("gradients are switched on inside a graph that runs without", node.name)
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            if not recording:
+                _detach_inputs(graph, node, detached)
+            node.meta["needs_grad"] = (
+                recording
+                and node.target not in _CUTS_GRADIENT
+                and any(i.meta.get("needs_grad") for i in node.all_input_nodes)
+                and _may_need_grad(node.meta.get("val"))
+            )
+        elif node.op == "get_attr":
+            node.meta["needs_grad"] = False
+
+
+def _detach_inputs(graph: fx.Graph, node: fx.Node, detached: dict[fx.Node, fx.Node]) -> None:
+    for source in node.all_input_nodes:
+        if not source.meta.get("needs_grad"):
+            continue
+        if source not in detached:
+            with graph.inserting_before(node):
+                cut = graph.call_function(aten.detach.default, (source,))
+            cut.meta = {**source.meta, "needs_grad": False}
+            detached[source] = cut
+        node.replace_input_with(source, detached[source])
+
+
+def _may_need_grad(value: object) -> bool:
+    leaves = compat.tree_leaves(value)
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in leaves)

@@ -1,0 +1,45 @@
+"""Where a node comes from: the user's source line, the module path, the layer's number."""
+
+from __future__ import annotations
+
+import re
+
+import torch.fx as fx
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_NOT_THE_USERS = ("/torch/nn/", "/torch/_", "/torch/utils/", "/torch/fx/", "/torch/overrides")
+
+
+def source_of(node: fx.Node) -> str:
+    """``file:line`` of the innermost frame outside torch itself, "" where none is known."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for file, line, _ in reversed(frames):
+        if not any(part in file for part in _NOT_THE_USERS):
+            return f"{file}:{line}"
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def module_of(node: fx.Node) -> str:
+    """Dotted path of the innermost module, such as ``model.layers.3.mlp.down_proj``; "" at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    entry = list(stack.values())[-1]
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return _clean(path)
+
+
+def _clean(path: str) -> str:
+    """Dynamo writes ``L['self']._modules['a']._modules['0']`` or ``G['m'].model.layers[0]``; make it dotted."""
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
+    path = re.sub(r"\.?_modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    return path.strip(".")
+
+
+def layer_of(node: fx.Node) -> int | None:
+    """The first number in the module path: the index of the layer in its list of layers."""
+    for part in module_of(node).split("."):
+        if part.isdigit():
+            return int(part)
+    return None

@@ -1,0 +1,30 @@
+"""Attention: batch and heads go along, queries do where no causal mask ties them to keys, keys are mixed."""
+
+from __future__ import annotations
+
+import torch
+
+from mstc.graph.places import Flow, Lost
+from mstc.graph.rules.call import Call, Map, Rule
+from mstc.graph.sizes import same
+
+aten = torch.ops.aten
+MIXED = Lost.MIXED
+
+
+def attention(call: Call) -> Flow | None:
+    """o[b, h, s, e] = sum_t softmax_t(q[b, h, s, :] k[b, h, t, :] + mask[b, h, s, t]) v[b, h, t, e]"""
+    rank = len(call.shape(0))
+    if rank < 3 or call.arg("dropout_p") or any(len(s) != rank for s in call.shapes[:3]):
+        return None
+    query, key = call.shape(0), call.shape(1)
+    batch = tuple(d if same(query[d], key[d]) else MIXED for d in range(rank - 2))
+    row: int | Lost = MIXED if call.arg("is_causal") else rank - 2
+    maps: list[Map] = [(*range(rank - 2), row, MIXED), (*batch, MIXED, MIXED), (*batch, MIXED, rank - 1)]
+    for mask in call.shapes[3:]:
+        offset = rank - len(mask)
+        maps.append(tuple(d + offset if d + offset < rank - 1 else MIXED for d in range(len(mask))))
+    return call.flow(*maps)
+
+
+ATTENTION_RULES: dict[object, Rule] = {aten.scaled_dot_product_attention.default: attention}

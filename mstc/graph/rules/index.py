@@ -1,0 +1,90 @@
+"""Reads at given positions: the index's dimensions go along, the dimension read from is mixed."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.places import Flow, Lost
+from mstc.graph.rules.call import Call, Map, Rule, broadcast_map
+from mstc.graph.sizes import same
+
+aten = torch.ops.aten
+MIXED = Lost.MIXED
+
+
+def embedding(call: Call) -> Flow | None:
+    """y[..., d] = table[index[...], d]"""
+    rank = len(call.result)
+    return call.flow((MIXED, rank - 1), tuple(range(rank - 1)))
+
+
+def gather(call: Call) -> Flow | None:
+    """y[i, j] = x[i, index[i, j]] for dim = 1: other dimensions must have equal sizes."""
+    source, index = call.shape(0), call.shape(1)
+    if len(source) != len(index) or not source:
+        return None
+    dim = call.dim()
+    if any(d != dim and not same(source[d], index[d]) for d in range(len(source))):
+        return None
+    read: Map = tuple(MIXED if d == dim else d for d in range(len(source)))
+    # Along ``dim`` the index is free, but its result is not aligned with the source.
+    return call.flow(read, tuple(range(len(index))))
+
+
+def scatter_value(call: Call) -> Flow | None:
+    """x with a number written at index: tokenwise along the dimensions other than ``dim``."""
+    return gather_like_write(call)
+
+
+def gather_like_write(call: Call) -> Flow | None:
+    source, index = call.shape(0), call.shape(1)
+    if len(source) != len(index) or not source:
+        return None
+    dim = call.dim()
+    if any(d != dim and not same(source[d], index[d]) for d in range(len(source))):
+        return None
+    each: Map = tuple(MIXED if d == dim else d for d in range(len(source)))
+    return call.flow(*(each for _ in call.operands))
+
+
+def index_select(call: Call) -> Flow | None:
+    dim = call.dim()
+    read: Map = tuple(MIXED if d == dim else d for d in range(len(call.shape(0))))
+    return call.flow(read, (dim,))
+
+
+def index(call: Call) -> Flow | None:
+    """x[i, j, :] with index tensors at adjacent dimensions from the front, broadcast together."""
+    given = call.arg("indices")
+    used = [i for i, g in enumerate(given) if g is not None]
+    if not used or used != list(range(used[0], used[-1] + 1)):
+        return None
+    indices = [g for g in given if isinstance(g, fx.Node)]
+    if any(g.meta["val"].dtype in (torch.bool, torch.uint8) for g in indices):
+        return None
+    first, count = used[0], len(used)
+    rank = max(g.meta["val"].dim() for g in indices)
+    source: list[int | Lost] = []
+    for d in range(len(call.shape(0))):
+        source.append(d if d < first else MIXED if d < first + count else d - count + rank)
+    maps: list[Map] = [tuple(source)]
+    for g in indices:
+        maps.append(tuple(first + d for d in broadcast_map(g.meta["val"].dim(), rank)))
+    return call.flow(*maps)
+
+
+def one_hot(call: Call) -> Flow | None:
+    return call.flow(tuple(range(len(call.shape()))))
+
+
+INDEX_RULES: dict[object, Rule] = {
+    aten.embedding.default: embedding,
+    aten.gather.default: gather,
+    aten.scatter.value: scatter_value,
+    aten.scatter.src: gather_like_write,
+    aten.scatter_add.default: gather_like_write,
+    aten.index_select.default: index_select,
+    aten.index.Tensor: index,
+    aten.one_hot.default: one_hot,
+}

@@ -1,0 +1,68 @@
+"""Matrix products: batch and row dimensions go along, contracted ones are mixed."""
+
+from __future__ import annotations
+
+import torch
+
+from mstc.graph.places import Flow, Lost
+from mstc.graph.rules.call import Call, Map, Rule
+
+aten = torch.ops.aten
+MIXED = Lost.MIXED
+
+
+def linear(call: Call) -> Flow | None:
+    """y[..., n] = sum_k x[..., k] w[n, k] + b[n]"""
+    rank = len(call.shape(0))
+    if len(call.shape(1)) != 2:
+        return None
+    last = rank - 1
+    maps: list[Map] = [(*range(last), MIXED), (last, MIXED)]
+    if len(call.operands) == 3:
+        maps.append((last,))
+    return call.flow(*maps)
+
+
+def addmm(call: Call) -> Flow | None:
+    """y[m, n] = b[m, n] + sum_k x[m, k] w[k, n], the first operand broadcast"""
+    bias = tuple(range(2 - len(call.shape(0)), 2))
+    return call.flow(bias, (0, MIXED), (MIXED, 1))
+
+
+def mm(call: Call) -> Flow | None:
+    return call.flow((0, MIXED), (MIXED, 1))
+
+
+def bmm(call: Call) -> Flow | None:
+    return call.flow((0, 1, MIXED), (0, MIXED, 2))
+
+
+def baddbmm(call: Call) -> Flow | None:
+    bias = tuple(range(3 - len(call.shape(0)), 3))
+    return call.flow(bias, (0, 1, MIXED), (0, MIXED, 2))
+
+
+def matmul(call: Call) -> Flow | None:
+    """Batched product with broadcast leading dimensions; vectors on either side."""
+    left, right = len(call.shape(0)), len(call.shape(1))
+    rank = len(call.result)
+    if left == 0 or right == 0:
+        return None
+    rows = 1 if left > 1 else 0
+    columns = 1 if right > 1 else 0
+    batch = rank - rows - columns
+    a = [batch - (left - 2) + d for d in range(left - 2)] if left > 1 else []
+    b = [batch - (right - 2) + d for d in range(right - 2)] if right > 1 else []
+    left_map: Map = (*a, batch, MIXED) if left > 1 else (MIXED,)
+    right_map: Map = (*b, MIXED, batch + rows) if right > 1 else (MIXED,)
+    return call.flow(left_map, right_map)
+
+
+MATMUL_RULES: dict[object, Rule] = {
+    aten.linear.default: linear,
+    aten.addmm.default: addmm,
+    aten.mm.default: mm,
+    aten.bmm.default: bmm,
+    aten.baddbmm.default: baddbmm,
+    aten.matmul.default: matmul,
+}

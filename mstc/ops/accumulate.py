@@ -1,0 +1,51 @@
+"""Sums over chunks: gradients of shared inputs, kept in float32 where their own precision is lower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mstc.ops.program import Backward, Program
+
+
+class Accumulators:
+    """Gradients of the shared inputs of a loop, added up chunk by chunk."""
+
+    def __init__(self, program: Program, backward: Backward) -> None:
+        self._program = program
+        self._backward = backward
+        self._sums: dict[int, torch.Tensor] = {}
+
+    def add(self, results: Sequence[torch.Tensor]) -> None:
+        """Add what one chunk's backward body returned."""
+        for factor in self._backward.factors:
+            self._add_product(factor.shared, results[factor.x], results[factor.dy], factor.transposed)
+        for shared, position in self._backward.shared_grads.items():
+            self._add(shared, results[position])
+
+    def _add_product(self, shared: int, x: torch.Tensor, dy: torch.Tensor, transposed: bool) -> None:
+        """W += dy^T x (or x^T dy), rows flattened."""
+        dtype = self._program.accumulator_dtype(self._program.shared[shared].dtype)
+        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        left, right = (x.t(), dy) if transposed else (dy.t(), x)
+        if shared in self._sums:
+            self._sums[shared].addmm_(left, right)
+        else:
+            self._sums[shared] = torch.mm(left, right)
+
+    def _add(self, shared: int, gradient: torch.Tensor) -> None:
+        dtype = self._program.accumulator_dtype(self._program.shared[shared].dtype)
+        if shared in self._sums:
+            self._sums[shared].add_(gradient)
+        else:
+            self._sums[shared] = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+
+    def result(self, shared: int) -> torch.Tensor:
+        """The whole gradient in the input's own dtype; zeros where nothing was added."""
+        value = self._program.shared[shared]
+        found = self._sums.pop(shared, None)
+        if found is None:
+            return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        return found.to(value.dtype)

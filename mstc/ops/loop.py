@@ -1,0 +1,285 @@
+"""The loop ops: ``mstc::loop`` with its backward, and ``mstc::loss_loop``.
+
+    mstc::loop(tokens, shared, key) -> [outputs..., sums...]
+        runs the body chunk by chunk; its backward runs one joint body per chunk, in reverse.
+    mstc::loss_loop(tokens, shared, seed, key) -> [sums..., outputs..., gradients...]
+        a region that ends in one differentiable sum: the gradients for an incoming gradient
+        ``seed`` are computed along with the sum and scaled by ``incoming / seed`` in the backward.
+
+Both are pure functions of their inputs; what they run is fetched from the registry by ``key``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from mstc.errors import LoopError
+from mstc.ops.accumulate import Accumulators
+from mstc.ops.body import Value
+from mstc.ops.pieces import dense, empty
+from mstc.ops.program import Backward, Program, program
+
+Tensors = Sequence[torch.Tensor]
+
+torch.library.define("mstc::loop", "(Tensor[] tokens, Tensor[] shared, str key) -> Tensor[]")
+torch.library.define(
+    "mstc::loop_backward",
+    "(Tensor?[] grads, Tensor[] tokens, Tensor[] shared, Tensor[] kept, str key) -> Tensor[]",
+)
+torch.library.define("mstc::loss_loop", "(Tensor[] tokens, Tensor[] shared, Tensor seed, str key) -> Tensor[]")
+
+
+# -- reading and writing chunks ------------------------------------------------------------------
+
+
+def _read(x: torch.Tensor, value: Value, n: int, start: int, length: int) -> torch.Tensor:
+    if value.cut is None:
+        return dense(x, value.order)
+    return dense(value.cut.read(x, n, start, length), value.order)
+
+
+def _allocate(value: Value) -> torch.Tensor:
+    return empty(value.shape, value.order, value.dtype, value.device)
+
+
+def _write(x: torch.Tensor, value: Value, n: int, start: int, length: int, piece: torch.Tensor) -> None:
+    assert value.cut is not None
+    value.cut.write(x, n, start, length, piece)
+
+
+class _Sums:
+    """Sums over chunks, at least in float32."""
+
+    def __init__(self, values: Sequence[Value]) -> None:
+        self._values = values
+        self._totals: list[torch.Tensor | None] = [None] * len(values)
+
+    def add(self, parts: Tensors) -> None:
+        for i, part in enumerate(parts):
+            total = self._totals[i]
+            if total is not None:
+                total.add_(part)
+            else:
+                wide = torch.float32 if part.dtype in (torch.bfloat16, torch.float16) else part.dtype
+                self._totals[i] = torch.empty(part.shape, dtype=wide, device=part.device).copy_(part)
+
+    def results(self) -> list[torch.Tensor]:
+        found = zip(self._totals, self._values, strict=True)
+        return [t.to(v.dtype) for t, v in found if t is not None]
+
+
+# -- mstc::loop ----------------------------------------------------------------------------------
+
+
+@torch.library.impl("mstc::loop", "CompositeExplicitAutograd")
+def _loop(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
+    p = program(key)
+    with record_function(f"mstc::{p.label}"), torch.no_grad():
+        whole = [dense(s, v.order) for s, v in zip(shared, p.shared, strict=True)]
+        outputs = [_allocate(v) for v in p.outputs]
+        sums = _Sums(p.sums)
+        for start, length in p.chunks:
+            pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, p.tokens, strict=True)]
+            results = p.forward[length](*pieces, *whole)
+            for out, value, piece in zip(outputs, p.outputs, results, strict=False):
+                _write(out, value, p.n, start, length, piece)
+            sums.add(results[len(outputs) :])
+        return [*outputs, *sums.results()]
+
+
+@torch.library.register_fake("mstc::loop")
+def _loop_fake(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
+    p = program(key)
+    return [_allocate(v) for v in (*p.outputs, *p.sums)]
+
+
+@torch.library.impl("mstc::loop_backward", "CompositeExplicitAutograd")
+def _loop_backward(
+    grads: Sequence[torch.Tensor | None], tokens: Tensors, shared: Tensors, kept: Tensors, key: str
+) -> list[torch.Tensor]:
+    p = program(key)
+    b = _backward_of(p)
+    with record_function(f"mstc::{p.label} backward"), torch.no_grad():
+        token_values = [p.tokens[i] for i in b.tokens]
+        whole = [dense(s, p.shared[j].order) for s, j in zip(shared, b.shared, strict=True)]
+        results_values = [*p.outputs, *p.sums]
+        token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
+        sums = Accumulators(p, b)
+        for start, length in reversed(p.chunks):
+            pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, token_values, strict=True)]
+            saved = [_read(k, p.outputs[i], p.n, start, length) for k, i in zip(kept, b.kept, strict=True)]
+            incoming = [_incoming(grads[i], results_values[i], p.n, start, length) for i in b.grads]
+            results = b.run[length](*pieces, *whole, *saved, *incoming)
+            del pieces, saved, incoming
+            for i, out in token_grads.items():
+                if i in b.token_grads:
+                    _write(out, p.tokens[i], p.n, start, length, results[b.token_grads[i]])
+                else:
+                    _write_zeros(out, p.tokens[i], p.n, start, length)
+            sums.add(results)
+            del results
+        return [*token_grads.values(), *(sums.result(j) for j in _needing(p.shared_needs))]
+
+
+def _incoming(
+    gradient: torch.Tensor | None, value: Value, n: int, start: int, length: int
+) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros(value.chunk(length), dtype=value.dtype, device=value.device)
+    return _read(gradient, value, n, start, length)
+
+
+def _write_zeros(x: torch.Tensor, value: Value, n: int, start: int, length: int) -> None:
+    assert value.cut is not None
+    value.cut.view(x, n, start, length).zero_()
+
+
+@torch.library.register_fake("mstc::loop_backward")
+def _loop_backward_fake(
+    grads: Sequence[torch.Tensor | None], tokens: Tensors, shared: Tensors, kept: Tensors, key: str
+) -> list[torch.Tensor]:
+    p = program(key)
+    return [_allocate(p.tokens[i]) for i in _needing(p.token_needs)] + [
+        torch.empty(p.shared[j].shape, dtype=p.shared[j].dtype, device=p.shared[j].device)
+        for j in _needing(p.shared_needs)
+    ]
+
+
+def _needing(needs: Sequence[bool]) -> list[int]:
+    return [i for i, need in enumerate(needs) if need]
+
+
+def _backward_of(p: Program) -> Backward:
+    if p.backward is None:
+        raise LoopError(
+            f"the loop {p.label} was compiled for inference, but a gradient is asked of it; "
+            "call the compiled function with gradients enabled so that it is compiled anew"
+        )
+    return p.backward
+
+
+def _loop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tokens, shared, key = inputs
+    p = program(key)
+    ctx.key = key
+    ctx.set_materialize_grads(False)
+    if p.backward is None:
+        return
+    b = p.backward
+    ctx.save_for_backward(
+        *(tokens[i] for i in b.tokens), *(shared[j] for j in b.shared), *(output[i] for i in b.kept)
+    )
+
+
+def _loop_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
+    p = program(ctx.key)
+    b = _backward_of(p)
+    saved = ctx.saved_tensors
+    a, c = len(b.tokens), len(b.tokens) + len(b.shared)
+    found = iter(
+        torch.ops.mstc.loop_backward(list(grads), list(saved[:a]), list(saved[a:c]), list(saved[c:]), ctx.key)
+    )
+    token_grads = [next(found) if need else None for need in p.token_needs]
+    shared_grads = [next(found) if need else None for need in p.shared_needs]
+    return token_grads, shared_grads, None
+
+
+torch.library.register_autograd("mstc::loop", _loop_vjp, setup_context=_loop_setup)
+
+
+# -- mstc::loss_loop -----------------------------------------------------------------------------
+
+
+@torch.library.impl("mstc::loss_loop", "CompositeExplicitAutograd")
+def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -> list[torch.Tensor]:
+    p = program(key)
+    b = _backward_of(p)
+    with record_function(f"mstc::{p.label}"), torch.no_grad():
+        token_values = [p.tokens[i] for i in b.tokens]
+        token_inputs = [tokens[i] for i in b.tokens]
+        whole = [dense(shared[j], p.shared[j].order) for j in b.shared]
+        outputs = [_allocate(v) for v in p.outputs]
+        token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
+        sums, gradients = _Sums(p.sums), Accumulators(p, b)
+        incoming = [seed.to(v.dtype).expand(v.shape) for v in p.sums] if b.grads else []
+        for start, length in p.chunks:
+            pieces = [_read(t, v, p.n, start, length) for t, v in zip(token_inputs, token_values, strict=True)]
+            results = b.run[length](*pieces, *whole, *incoming)
+            values = [results[i] for i in b.values]
+            for out, value, piece in zip(outputs, p.outputs, values, strict=False):
+                _write(out, value, p.n, start, length, piece)
+            sums.add(values[len(outputs) :])
+            for i, out in token_grads.items():
+                if i in b.token_grads:
+                    _write(out, p.tokens[i], p.n, start, length, results[b.token_grads[i]])
+                else:
+                    _write_zeros(out, p.tokens[i], p.n, start, length)
+            gradients.add(results)
+            del results, values, pieces
+        return [
+            *sums.results(),
+            *outputs,
+            *token_grads.values(),
+            *(gradients.result(j) for j in _needing(p.shared_needs)),
+        ]
+
+
+@torch.library.register_fake("mstc::loss_loop")
+def _loss_loop_fake(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -> list[torch.Tensor]:
+    p = program(key)
+    return (
+        [_allocate(v) for v in (*p.sums, *p.outputs)]
+        + [_allocate(p.tokens[i]) for i in _needing(p.token_needs)]
+        + [
+            torch.empty(p.shared[j].shape, dtype=p.shared[j].dtype, device=p.shared[j].device)
+            for j in _needing(p.shared_needs)
+        ]
+    )
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, seed, key = inputs
+    p = program(key)
+    ctx.key = key
+    ctx.set_materialize_grads(False)
+    first = len(p.sums) + len(p.outputs)
+    ctx.save_for_backward(seed, *output[first:])
+
+
+def _loss_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
+    p = program(ctx.key)
+    seed, *unit = ctx.saved_tensors
+    incoming = grads[0]
+    if any(g is not None for g in grads[1:]):
+        raise LoopError(f"the loop {p.label} gives gradients of its loss only")
+    if incoming is None:
+        return [None] * len(p.tokens), [None] * len(p.shared), None, None
+    ratio = incoming / seed.to(incoming.dtype)
+    scaled = iter([u * ratio.to(u.dtype) for u in unit])
+    token_grads = [next(scaled) if need else None for need in p.token_needs]
+    shared_grads = [next(scaled) if need else None for need in p.shared_needs]
+    return token_grads, shared_grads, None, None
+
+
+torch.library.register_autograd("mstc::loss_loop", _loss_vjp, setup_context=_loss_setup)
+
+
+# -- no second derivatives -----------------------------------------------------------------------
+
+
+def _no_second(ctx: Any, *grads: Any) -> Any:
+    raise LoopError(
+        "a gradient of a gradient was asked of a loop; run that function without mstc, "
+        'or with options={"mini_sequence": False, "lm_head": False}'
+    )
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+torch.library.register_autograd("mstc::loop_backward", _no_second, setup_context=_no_context)

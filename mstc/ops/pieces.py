@@ -1,0 +1,88 @@
+"""Cutting tensors along an axis that is a factor of a dimension, and laying the pieces out densely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the axis stands: size(dim) = outer * n * inner, row-major (see `mstc.graph.places.Place`)."""
+
+    dim: int
+    outer: int
+    inner: int
+
+    def view(self, x: torch.Tensor, n: int, start: int, length: int) -> torch.Tensor:
+        """The indices ``start .. start + length`` of the axis, as a view with the axis as its own dimension."""
+        if self.outer == 1:
+            return x.narrow(self.dim, start * self.inner, length * self.inner)
+        return x.unflatten(self.dim, (self.outer, n, self.inner)).narrow(self.dim + 1, start, length)
+
+    def read(self, x: torch.Tensor, n: int, start: int, length: int) -> torch.Tensor:
+        """The same indices in the tensor's own number of dimensions; a copy where that needs one."""
+        piece = self.view(x, n, start, length)
+        return piece if self.outer == 1 else piece.flatten(self.dim, self.dim + 2)
+
+    def write(self, x: torch.Tensor, n: int, start: int, length: int, piece: torch.Tensor) -> None:
+        """Store a piece (in the tensor's own number of dimensions) at these indices."""
+        if self.outer != 1:
+            piece = piece.unflatten(self.dim, (self.outer, length, self.inner))
+        self.view(x, n, start, length).copy_(piece)
+
+    def shape(self, whole: Sequence[Any], length: int) -> tuple[Any, ...]:
+        """Shape of a piece of that many indices."""
+        shape = list(whole)
+        shape[self.dim] = self.outer * length * self.inner
+        return tuple(shape)
+
+
+def order_of(x: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the slowest to the fastest in memory; ties and broadcast ones in their own order."""
+    strides = x.stride()
+    return tuple(sorted(range(x.dim()), key=lambda d: (-int(strides[d]) if x.shape[d] != 1 else 0, d))) if _plain(
+        x
+    ) else tuple(range(x.dim()))
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether the order can be read off: no size-1 or broadcast dimension hides it."""
+    return all(int(s) > 0 for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor of that shape without gaps, its dimensions laid out in ``order``."""
+    strides = [0] * len(shape)
+    step = 1
+    for d in reversed(order):
+        strides[d] = step
+        step *= max(int(shape[d]), 1)
+    return tuple(strides)
+
+
+def dense(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """``x`` itself where it lies densely in ``order``, else a copy that does."""
+    want = dense_strides(x.shape, order)
+    if all(a == b for a, b, n in zip(x.stride(), want, x.shape, strict=True) if n != 1):
+        return x
+    return torch.empty_strided(x.shape, want, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def empty(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(tuple(shape), dense_strides(shape, order), dtype=dtype, device=device)
+
+
+def balanced(n: int, count: int) -> list[tuple[int, int]]:
+    """(start, length) of ``count`` chunks whose lengths differ by at most one, longer ones first."""
+    base, longer = divmod(n, count)
+    chunks = []
+    start = 0
+    for i in range(count):
+        length = base + (1 if i < longer else 0)
+        chunks.append((start, length))
+        start += length
+    return chunks

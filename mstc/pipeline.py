@@ -1,0 +1,75 @@
+"""The driver: runs the passes in order, checks after each, and fills the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch.fx as fx
+
+from mstc.errors import StrictError
+from mstc.graph.checker import check
+from mstc.graph.editor import Editor
+from mstc.passes.base import Context, Pass
+from mstc.passes.order import PASSES
+from mstc.report import Fidelity, Refusal, Report
+
+
+def run(gm: fx.GraphModule, ctx: Context, report: Report, snapshots: Mapping[str, Any] | None = None) -> None:
+    """Apply every enabled pass to the graph, in place.
+
+    snapshots: where given, a dict that gets a copy of the graph after each pass that changed it.
+    Raises `StrictError` where ``strict`` is set and a pass that was asked for changed nothing.
+    """
+    editor = Editor(gm)
+    for step in PASSES:
+        if step.option and not ctx.options.enabled(step.option):
+            continue
+        changed = _run_one(step, editor, ctx, report)
+        if changed and snapshots is not None:
+            snapshots[step.name] = _copy(gm)  # type: ignore[index]
+    report.edits = list(editor.edits)
+    report.plan = list(ctx.plan)
+    _hold_to_word(ctx, report)
+
+
+def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> bool:
+    started = time.perf_counter()
+    editor.pass_name = step.name
+    sites = []
+    for found in step.find(editor.gm, ctx):
+        if isinstance(found, Refusal):
+            report.refusals.append(found)
+        else:
+            sites.append(found)
+    for site in sites:
+        step.apply(editor, site, ctx)
+    if sites:
+        editor.finish()
+        check(editor.gm)
+        report.fidelity = Fidelity(max(report.fidelity, step.fidelity))
+    report.timings[step.name] = time.perf_counter() - started
+    return bool(sites)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    copied = fx.GraphModule(gm, fx.Graph())
+    values: dict[fx.Node, fx.Node] = {}
+    output = copied.graph.graph_copy(gm.graph, values)
+    copied.graph.output(output)
+    copied.recompile()
+    return copied
+
+
+def _hold_to_word(ctx: Context, report: Report) -> None:
+    if not ctx.options.strict:
+        return
+    for name in sorted(ctx.options.asked):
+        if any(edit.pass_name == name for edit in report.edits):
+            continue
+        reasons = "; ".join(f"{r.node}: {r.reason}" for r in report.refusals if r.pass_name == name)
+        raise StrictError(
+            f"options['strict'] is set and options[{name!r}] was asked for, but it changed nothing in this graph"
+            + (f" ({reasons})" if reasons else " (it found no candidate)")
+        )

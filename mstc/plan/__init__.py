@@ -1,0 +1,1 @@
+"""From costs to choices: chunks, what is kept, what is recomputed."""

@@ -1,0 +1,82 @@
+"""How many mini-sequences a loop runs in, or why it stays whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mstc.graph.costs import hint, is_heavy, nbytes, numel
+from mstc.graph.regions import Region
+
+# Working set of one chunk that the automatic choice aims at, and the fewest tokens that keep matrix
+# products efficient: measured on the CPU benchmark (docs/benchmarks.md, "Chunk sizes").
+WORKING_SET = 64 * 2**20
+FEWEST_TOKENS = 512
+MOST_TOKENS = 1024
+# Whole intermediates below this are not worth a loop.
+WORTH = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The choice: ``count`` chunks (1: stay whole), and why."""
+
+    count: int
+    reason: str
+
+
+def tokens_of(region: Region) -> int:
+    """Tokens in the region: rows of its widest matrix product."""
+    rows = [numel(n) // max(hint(n.meta["val"].shape[-1]), 1) for n in region.nodes if is_heavy(n)]
+    return max(rows, default=hint_n(region))
+
+
+def hint_n(region: Region) -> int:
+    return int(region.n) if isinstance(region.n, int) else 4096
+
+
+def intermediate_bytes(region: Region) -> int:
+    """Bytes of all values that the region makes inside, views left out."""
+    return sum(nbytes(n) for n in region.nodes if not is_view(n))
+
+
+def is_view(node: object) -> bool:
+    target = getattr(node, "target", None)
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def choose(region: Region, chunk_tokens: int | str) -> Chunks:
+    """Chunks for a region: as asked, or where ``"auto"`` by its working set.
+
+    Below ``2 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
+    nothing that matters: the region stays whole.
+    """
+    n, tokens = hint_n(region), tokens_of(region)
+    if isinstance(chunk_tokens, int):
+        count = min(-(-tokens // chunk_tokens), n)
+        return Chunks(count, f"{chunk_tokens} tokens per chunk as asked")
+    total = intermediate_bytes(region)
+    if tokens < 4 * FEWEST_TOKENS or total < WORTH:
+        return Chunks(
+            1, f"{tokens} tokens with {total / 2**20:.0f} MiB of intermediates: chunks would not pay"
+        )
+    widest = max((nbytes(x) for x in region.nodes), default=0)
+    fitting = int(WORKING_SET * tokens / max(widest, 1))
+    per_chunk = max(min(fitting, MOST_TOKENS), FEWEST_TOKENS)
+    per_chunk = 1 << (per_chunk.bit_length() - 1)
+    count = _even(n, min(-(-tokens // per_chunk), n))
+    return Chunks(count, f"{tokens // count} tokens per chunk")
+
+
+def _even(n: int, count: int) -> int:
+    """A count near the wanted one that divides n, so that one body serves all chunks; else the wanted one."""
+    for more in range(count, min(2 * count, n) + 1):
+        if n % more == 0:
+            return more
+    return count
+
+
+def dtype_of(region: Region) -> torch.dtype:
+    return region.nodes[0].meta["val"].dtype  # type: ignore[no-any-return]

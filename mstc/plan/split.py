@@ -1,0 +1,145 @@
+"""Where a region is cut into loops.
+
+*Head.* The part of a region that ends in a loss starts just before its last matrix products, at the
+narrowest values (a minimum cut in bytes per token), nearest to the source, so that the final norm is inside.
+
+*Recomputation.* Outputs that only mixers read (q, k, v) are computed again in the backward from values
+that are kept anyway (the residual stream): the part that leads only to them becomes a loop of its
+own, tagged for recomputation. What it may not compute again (products that the rest needs too) is
+cut off by a minimum cut as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+import torch.fx as fx
+
+from mstc.graph.axes import Axes
+from mstc.graph.costs import is_heavy, nbytes
+from mstc.graph.regions import Region, make_region
+
+
+@dataclass(frozen=True)
+class Part:
+    """One loop to be: its region, and whether it runs again in the backward."""
+
+    region: Region
+    recompute: bool = False
+    loss: bool = False
+
+
+def ancestors(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and everything in ``within`` that they depend on."""
+    found: set[fx.Node] = set()
+    stack = [n for n in nodes if n in within]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack.extend(i for i in node.all_input_nodes if i in within)
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and everything in ``within`` that depends on them."""
+    found: set[fx.Node] = set()
+    stack = [n for n in nodes if n in within]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack.extend(u for u in node.users if u in within)
+    return found
+
+
+def narrowest(
+    within: set[fx.Node],
+    fixed: set[fx.Node],
+    sinks: Sequence[fx.Node],
+    free: set[fx.Node],
+    weight: Callable[[fx.Node], float],
+) -> set[fx.Node]:
+    """The nodes of ``within`` on the sinks' side of a minimum cut.
+
+    fixed: may not be on that side (their values, or values after them, are cut); free: values
+    that cost nothing to cut; inputs from outside ``within`` cost nothing either.
+    """
+    graph = nx.DiGraph()
+    for node in within:
+        multiple = not isinstance(node.meta.get("val"), torch.Tensor)
+        capacity = 0.0 if node in free else math.inf if multiple else weight(node)
+        _edge(graph, (node, 0), (node, 1), capacity)
+        for i in node.all_input_nodes:
+            if i in within:
+                _edge(graph, (i, 1), (node, 0), math.inf)
+        if node in fixed:
+            _edge(graph, "source", (node, 0), math.inf)
+    for sink in sinks:
+        _edge(graph, (sink, 0), "sink", math.inf)
+    if "source" not in graph or "sink" not in graph:
+        return ancestors(sinks, within)
+    _, (near, _far) = nx.minimum_cut(graph, "source", "sink")
+    return {n for n in ancestors(sinks, within) if (n, 0) not in near}
+
+
+def _edge(graph: nx.DiGraph, a: object, b: object, capacity: float) -> None:
+    if math.isinf(capacity):
+        graph.add_edge(a, b)  # networkx reads a missing capacity as unbounded
+    else:
+        graph.add_edge(a, b, capacity=capacity)
+
+
+def split_head(axes: Axes, region: Region) -> tuple[Region | None, Region]:
+    """(what comes before, the head with its loss) of a region that ends in sums."""
+    within = set(region.nodes)
+    ends = [i for s in region.sums for i in s.all_input_nodes]
+    head = head_of(region, ends)
+    # Other values made from the head's (an argmax beside the loss) stay with it as outputs.
+    head |= {n for n in descendants(head, within) if not is_heavy(n)}
+    rest = within - head
+    if any(i in head for n in rest for i in n.all_input_nodes) or not any(is_heavy(n) for n in rest):
+        return None, region
+    return make_region(axes, region.axis, rest, ()), make_region(axes, region.axis, head, region.sums)
+
+
+def head_of(region: Region, ends: Sequence[fx.Node]) -> set[fx.Node]:
+    """What leads to ``ends`` from the narrowest values before its last matrix products."""
+    within = ancestors(ends, set(region.nodes))
+    heavy = {n for n in within if is_heavy(n)}
+    last = {n for n in heavy if not (descendants([n], within) - {n}) & heavy}
+    before = heavy - last - set(ends)
+    return narrowest(within, before, ends, set(), nbytes) if before else within
+
+
+def split_recompute(axes: Axes, region: Region, kept_anyway: Callable[[fx.Node], bool]) -> list[Part]:
+    """The trunk of a region, and the part that leads only to what mixers read.
+
+    kept_anyway: whether an output is read by another region or returned by the graph.
+    """
+    within = set(region.nodes)
+    kept_by_others = {n for n, _ in region.outputs if kept_anyway(n)}
+    trunk = ancestors([*kept_by_others, *(i for s in region.sums for i in s.all_input_nodes)], within)
+    kept = {n for n, _ in region.outputs if n in trunk}
+    ends = [n for n, _ in region.outputs if n not in trunk]
+    if not ends:
+        return [Part(region)]
+    again = narrowest(within, {n for n in trunk if is_heavy(n)}, ends, kept, nbytes) - kept
+    if not any(is_heavy(n) for n in again):
+        return [Part(region)]
+    # Values where the recomputation starts, besides the trunk's own, are made once and kept.
+    starts = {i for n in again for i in n.all_input_nodes if i in within and i not in again}
+    first = ancestors([*trunk, *starts], within)
+    if not any(is_heavy(n) for n in first):
+        return [Part(region, recompute=not kept)]
+    once = [n for n in region.nodes if n in kept or n in starts]
+    return [
+        Part(make_region(axes, region.axis, first, region.sums, once)),
+        Part(make_region(axes, region.axis, again, (), ends), recompute=True),
+    ]

@@ -1,0 +1,61 @@
+"""What a pass is: a pure search for sites, and a few lines that rewrite one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.editor import Editor
+from mstc.graph.provenance import source_of
+from mstc.options import Options
+from mstc.report import Fidelity, Refusal, RegionInfo
+
+
+Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
+
+
+def _no_compiler(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    raise AssertionError("this pass compiles a body, but the driver gave no compiler")
+
+
+@dataclass
+class Context:
+    """What a pass may read, and where it may leave facts for later passes and the report.
+
+    options: the user's; training: whether gradients are recorded; facts: what one pass proved
+    about a node for others to read (``facts["masks"][node]`` and so on); infos: labels of regions;
+    compile_body: lowers a loop body for fake example inputs.
+    """
+
+    options: Options
+    training: bool
+    facts: dict[str, dict[fx.Node, Any]] = field(default_factory=dict)
+    infos: list[RegionInfo] = field(default_factory=list)
+    plan: list[str] = field(default_factory=list)
+    compile_body: Compiler = _no_compiler
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One transform.
+
+    name: in reports; option: the key of `options` that switches it ("" for always on);
+    fidelity: how close it keeps the numbers; find: pure, yields sites and refusals;
+    apply: rewrites one site through the editor. The driver owns looping, ordering,
+    checking, timing and logging.
+    """
+
+    name: str
+    option: str
+    fidelity: Fidelity
+    find: Callable[[fx.GraphModule, Context], Iterable[Any]]
+    apply: Callable[[Editor, Any, Context], None]
+
+
+def refuse(name: str, node: fx.Node, reason: str, remedy: str = "") -> Refusal:
+    """A refusal that names the node and the user's own line."""
+    return Refusal(name, node.name, source_of(node), reason, remedy)

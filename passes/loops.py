@@ -1,0 +1,128 @@
+"""Replacing a region by a loop: shared by `lm_head` and `mini_sequence`.
+
+A loop computes the same nodes on chunks of tokens. Values are equal up to rounding: matrix products of
+other shapes may sum in another order, and gradients of shared inputs are summed chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.axes import Axes
+from mstc.graph.editor import Editor
+from mstc.graph.regions import Region
+from mstc.ops.build import Recipe, build
+from mstc.ops.program import Program
+from mstc.passes.base import Context
+from mstc.plan.chunks import Chunks
+
+LOOPS = ("mstc::loop", "mstc::loss_loop")
+
+
+@dataclass(frozen=True)
+class LoopSite:
+    """A region that is to run as a loop.
+
+    chunks: how many; kept: for each output, whether it is kept anyway; recompute: the loop runs
+    again in the backward; loss: gradients are computed in the forward; label: for people.
+    """
+
+    region: Region
+    chunks: Chunks
+    kept: tuple[bool, ...]
+    recompute: bool
+    loss: bool
+    label: str
+
+
+def is_loop(node: fx.Node) -> bool:
+    """Whether a node calls a loop op."""
+    return node.op == "call_function" and str(node.target).startswith(("mstc.loop", "mstc.loss_loop"))
+
+
+def read_by_loop(node: fx.Node, regions: list[Region], own: Region) -> bool:
+    """Whether a value is kept anyway: another region or a loop reads it, or the graph returns it."""
+    others = {n for r in regions if r is not own for n in r.nodes}
+    return any(u in others or is_loop(u) or u.op == "output" for u in node.users)
+
+
+def ends_in_loss(region: Region, training: bool) -> bool:
+    """Whether the gradients can be computed along with the value: one differentiable scalar, nothing else."""
+    if not training:
+        return False
+    sums = [s for s in region.sums if s.meta.get("needs_grad")]
+    outputs = [n for n, _ in region.outputs if n.meta.get("needs_grad")]
+    return len(sums) == 1 == len(region.sums) and sums[0].meta["val"].dim() == 0 and not outputs
+
+
+def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
+    """Put the loop in the region's place."""
+    recipe = Recipe(
+        site.chunks.count,
+        ctx.training,
+        site.kept,
+        site.loss,
+        ctx.options.accumulate,
+        f"{ctx.options.lower} {torch.are_deterministic_algorithms_enabled()}",
+        site.label,
+    )
+    region = _resolve(editor, site.region)
+    program = build(region, recipe, ctx.compile_body)
+    like = region.heavy[-1]
+    tokens, shared = [n for n, _ in region.tokens], list(region.shared)
+    if site.loss:
+        seed = _seed(editor, region.sums[0])
+        call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seed, program.key), like=like)
+        results = [*region.sums, *(n for n, _ in region.outputs)]
+    else:
+        call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, program.key), like=like)
+        results = [*(n for n, _ in region.outputs), *region.sums]
+    pairs = [(old, editor.getitem(call, i, like=like)) for i, old in enumerate(results)]
+    removed = [n.name for n in (*region.nodes, *region.sums)]
+    editor.replace_many(pairs, removed, f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks")
+    if site.recompute:
+        ctx.facts.setdefault("recompute", {})[call] = program.label
+    ctx.facts.setdefault("loops", {})[call] = program
+    return program
+
+
+def _resolve(editor: Editor, region: Region) -> Region:
+    """The region with inputs as they are after the loops applied before it."""
+    tokens = tuple((editor.resolve(n), p) for n, p in region.tokens)
+    return replace(region, tokens=tokens, shared=tuple(editor.resolve(n) for n in region.shared))
+
+
+def _seed(editor: Editor, total: fx.Node) -> fx.Node:
+    """The gradient of the graph's loss with respect to ``total``, as far as scalar factors tell it.
+
+    The loop computes gradients for it, and the backward multiplies them by incoming / seed, which
+    is exactly 1 for ``loss.backward()``: nothing is rounded twice.
+    """
+    aten = torch.ops.aten
+    value = total.meta["val"]
+    dtype = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
+    seed = editor.call(
+        aten.full.default, ([], 1.0), {"dtype": dtype, "device": value.device}, like=total
+    )
+    node = total
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in (aten.div.Tensor, aten.mul.Tensor) and user.args[0] is node:
+            factor = user.args[1]
+        elif user.target is aten._to_copy.default:
+            node = user
+            continue
+        else:
+            break
+        if isinstance(factor, fx.Node) and (factor.meta.get("needs_grad") or factor.meta["val"].dim() != 0):
+            break
+        seed = editor.call(user.target, (seed, factor), like=user)  # type: ignore[arg-type]
+        node = user
+    return seed
+
+
+def new_axes(gm: fx.GraphModule) -> Axes:
+    return Axes(gm.graph)

@@ -1,0 +1,50 @@
+"""Tokenwise regions run a few tokens at a time.
+
+For a region y = f(x, W) with y_t = f(x_t, W), running f on chunks of tokens gives the same y, and with
+
+    dL/dx_t = J_x f(x_t, W)^T dL/dy_t,     dL/dW = sum over chunks of J_W f(x_chunk, W)^T dL/dy_chunk
+
+the same gradients, while intermediates exist for one chunk only. Equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.fx as fx
+
+from mstc.graph.axes import Axes
+from mstc.graph.editor import Editor
+from mstc.graph.labels import region_label
+from mstc.graph.regions import Region, find_regions
+from mstc.passes.base import Context, Pass, refuse
+from mstc.passes.loops import LoopSite, apply_loop, read_by_loop
+from mstc.plan.chunks import choose
+from mstc.plan.split import Part, split_recompute
+from mstc.report import Fidelity, Refusal
+
+
+def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
+    axes = Axes(gm.graph)
+    regions = find_regions(gm.graph, axes)
+    for region in regions:
+        chunks = choose(region, ctx.options.mini_sequence.chunk_tokens)
+        if chunks.count == 1:
+            yield refuse("mini_sequence", region.heavy[-1], chunks.reason, "a longer sequence, or a smaller chunk_tokens")
+            continue
+        for part in _parts(axes, region, regions, ctx):
+            kept = tuple(not part.recompute and read_by_loop(n, regions, region) for n, _ in part.region.outputs)
+            yield LoopSite(part.region, chunks, kept, part.recompute, False, region_label(part.region))
+
+
+def _parts(axes: Axes, region: Region, regions: list[Region], ctx: Context) -> list[Part]:
+    if not (ctx.training and ctx.options.recompute.enabled):
+        return [Part(region)]
+    return split_recompute(axes, region, lambda n: read_by_loop(n, regions, region))
+
+
+def apply(editor: Editor, site: LoopSite, ctx: Context) -> None:
+    apply_loop(editor, site, ctx)
+
+
+MINI_SEQUENCE = Pass("mini_sequence", "mini_sequence", Fidelity.ROUNDING, find, apply)

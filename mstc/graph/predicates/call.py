@@ -48,7 +48,7 @@ def call_of(node: fx.Node) -> Call | None:
         return None
     schema = target._schema.arguments
     given = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
-    args = tuple(given[a.name] if a.name in given else a.default_value for a in schema)
+    args = tuple(given.get(a.name, a.default_value) for a in schema)
     return Call(node, target.overloadpacket, args, tuple(a.name for a in schema))
 
 

@@ -53,7 +53,8 @@ def describe(tensor: torch.Tensor) -> Ramp | Bands | None:
 
 
 def _ramp(vector: torch.Tensor, dim: int) -> Ramp | None:
-    start, step = vector[0].item(), 0
+    start: float = vector[0].item()
+    step: float = 0
     if vector.dtype is not torch.bool:
         step = vector[1].item() - start
         if step != step or step in (float("inf"), float("-inf")) or step != int(step):

@@ -57,6 +57,13 @@ def each(function: Callable[..., Value], *values: Value) -> Value:
     return function(*values)
 
 
+def integer(value: Value) -> Expr:
+    """A value that is an expression."""
+    if isinstance(value, (Real, Choice, *FORMULAS)):
+        raise Unread("not an integer")
+    return value
+
+
 def formula(value: Value) -> Formula:
     """A value that is known to be boolean."""
     if not isinstance(value, FORMULAS):
@@ -76,12 +83,13 @@ def _cast(value: Value, source: torch.dtype, target: torch.dtype, box: Box) -> V
     if isinstance(value, FORMULAS):
         return choose(value, sympy.Integer(1), sympy.Integer(0))
     if target is torch.bool:
-        return negate(_compare_integers(aten.eq, value, sympy.Integer(0), (source, source), source, box))
-    if box.is_closed(value):
-        if box.fits(value, target):
-            return value
-    elif value.is_Symbol and _includes(target, source):
-        return value
+        return negate(_compare_integers(aten.eq, integer(value), sympy.Integer(0), source, box))
+    exact = integer(value)
+    if box.is_closed(exact):
+        if box.fits(exact, target):
+            return exact
+    elif exact.is_Symbol and _includes(target, source):
+        return exact
     raise Unread(f"a conversion from {source} to {target} may round or wrap")
 
 
@@ -111,34 +119,28 @@ _PYTHON = {
 }
 
 
-def compare(op: Any, values: Sequence[Value], dtypes: Sequence[torch.dtype], common: torch.dtype, box: Box) -> Value:
-    """``values[0] op values[1]``, compared in ``common``."""
+def compare(op: Any, a: Value, b: Value, dtype: torch.dtype, box: Box) -> Value:
+    """``a op b`` of two values of one dtype."""
 
-    def one(a: Value, b: Value) -> Value:
-        if common is torch.bool:
-            if op not in (aten.eq, aten.ne):
-                raise Unread("an order of booleans")
-            both = disj(conj(formula(a), formula(b)), conj(negate(a), negate(b)))
-            return both if op is aten.eq else negate(both)
-        first, second = cast(a, dtypes[0], common, box), cast(b, dtypes[1], common, box)
-        if isinstance(first, Choice) or isinstance(second, Choice):
-            return compare(op, (first, second), (common, common), common, box)
-        known = constant(first), constant(second)
-        if known[0] is not None and known[1] is not None:
-            return number(bool(_PYTHON[op](*known)))
-        return _compare_integers(op, first, second, dtypes, common, box)
+    def one(x: Value, y: Value) -> Value:
+        first, second = constant(x), constant(y)
+        if first is not None and second is not None:
+            return number(bool(_PYTHON[op](first, second)))
+        if dtype is not torch.bool:
+            return _compare_integers(op, integer(x), integer(y), dtype, box)
+        if op not in (aten.eq, aten.ne):
+            raise Unread("an order of booleans")
+        p, q = formula(x), formula(y)
+        agree = disj(conj(p, q), conj(negate(p), negate(q)))
+        return agree if op is aten.eq else negate(agree)
 
-    return each(one, *values)
+    return each(one, a, b)
 
 
-def _compare_integers(
-    op: Any, a: Value, b: Value, dtypes: Sequence[torch.dtype], common: torch.dtype, box: Box
-) -> Formula:
+def _compare_integers(op: Any, a: Expr, b: Expr, dtype: torch.dtype, box: Box) -> Formula:
     """A comparison of integers; leaves that are not integers have no rule."""
-    if isinstance(a, Real) or isinstance(b, Real):
-        raise Unread("a position is compared with a number that is no integer")
     closed = box.is_closed(a) and box.is_closed(b)
-    if not closed and (common.is_floating_point or any(d.is_floating_point for d in dtypes)):
+    if not closed and dtype.is_floating_point:
         raise Unread("floating-point values that are only known at run time are compared")
     if op in (aten.eq, aten.ne):
         result = equal(a - b) if closed else same(a - b)
@@ -169,6 +171,7 @@ _AND = (aten.logical_and, aten.bitwise_and, aten.__and__)
 _OR = (aten.logical_or, aten.bitwise_or, aten.__or__)
 _NOT = (aten.logical_not, aten.bitwise_not)
 _XOR = (aten.logical_xor, aten.bitwise_xor, aten.__xor__)
+LOGICAL = (aten.logical_and, aten.logical_or, aten.logical_not, aten.logical_xor)  # of numbers, too
 LOGIC = (*_AND, *_OR, *_NOT, *_XOR)
 COMPARISONS = tuple(_PYTHON)
 
@@ -188,11 +191,9 @@ def _linear(op: Any, a: Expr, b: Expr, alpha: Expr) -> Expr:
     raise Unread("a product of positions")
 
 
-def arithmetic(op: Any, a: Value, b: Value, alpha: Value, dtype: torch.dtype, box: Box) -> Value:
+def arithmetic(op: Any, x: Value, y: Value, alpha: Value, dtype: torch.dtype, box: Box) -> Value:
     """Sum, difference or product of integers that have already been converted to ``dtype``."""
-    if isinstance(a, Real) or isinstance(b, Real) or isinstance(alpha, Real):
-        raise Unread("a position is combined with a number that is no integer")
-    found = _linear(op, a, b, alpha)
+    found = _linear(op, integer(x), integer(y), integer(alpha))
     if box.is_closed(found):
         if box.fits(found, dtype):
             return found
@@ -202,35 +203,12 @@ def arithmetic(op: Any, a: Value, b: Value, alpha: Value, dtype: torch.dtype, bo
     raise Unread("values that are only known at run time are combined in a narrow dtype")
 
 
-def extremum(largest: bool, a: Value, b: Value, box: Box) -> Value:
+def extremum(largest: bool, x: Value, y: Value, box: Box) -> Value:
     """The larger or smaller of two closed integers."""
-    if isinstance(a, Real) or isinstance(b, Real) or not (box.is_closed(a) and box.is_closed(b)):
+    a, b = integer(x), integer(y)
+    if not (box.is_closed(a) and box.is_closed(b)):
         raise Unread("an extremum of values that are only known at run time")
     return choose(at_most(b - a if largest else a - b), a, b)
-
-
-ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul)
-EXTREMA = {aten.maximum: True, aten.minimum: False}
-
-# Ops in which the sign of a zero cannot be told, so that constants are carried as numbers.
-FOLDED = (
-    *ARITHMETIC,
-    *EXTREMA,
-    aten.neg,
-    aten.abs,
-    aten.clamp,
-    aten.clamp_min,
-    aten.clamp_max,
-    aten.exp,
-    aten.log,
-    aten.relu,
-    aten.sign,
-    aten.floor,
-    aten.isinf,
-    aten.isneginf,
-    aten.isnan,
-    aten.isfinite,
-)
 
 
 def fold(call: Call, values: Mapping[str, Value]) -> Value:
@@ -255,4 +233,3 @@ def fold(call: Call, values: Mapping[str, Value]) -> Value:
             args.append(arg)
     with torch.no_grad():
         return number(target(*args, **kwargs).item())
-

@@ -29,7 +29,7 @@ import sympy
 
 Expr: TypeAlias = Any  # sympy.Expr; sympy has no types
 
-EXACT_INTEGERS = 2**53  # constants beyond it are kept as `Real`
+EXACT_INTEGERS = 2**53  # a float beyond it is kept as `Real`
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ FALSE = Truth(False)
 
 
 def number(value: float) -> Value:
-    """A Python number as a value: integers of moderate size as expressions, the rest as `Real`."""
+    """A Python number as a value: integers as expressions, what is not a moderate integer as `Real`."""
     if isinstance(value, bool):
         return Truth(value)
-    if value == value and abs(value) <= EXACT_INTEGERS and value == int(value):
+    if isinstance(value, int) or (abs(value) <= EXACT_INTEGERS and value == int(value)):
         return sympy.Integer(int(value))
-    return Real(float(value))
+    return Real(value)
 
 
 def constant(value: Value) -> float | None:

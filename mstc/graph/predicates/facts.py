@@ -1,0 +1,38 @@
+"""What an attention's mask was proven to be, for later passes and the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.fx as fx
+
+Kind = Literal["all_true", "causal", "sliding_window", "document", "padding"]
+
+
+@dataclass(frozen=True)
+class MaskFact:
+    """Query i sees key j if and only if every part that is present holds.
+
+    kind: the most telling part; causal: j <= i; window: i - j < window (and j - i < window unless causal);
+    documents: a node whose values at i and j are equal; padding: a node whose value at j lets the key in
+    (the keys' part of the mask reads no query).
+    """
+
+    kind: Kind
+    causal: bool = False
+    window: int | None = None
+    documents: fx.Node | None = None
+    padding: fx.Node | None = None
+
+    @property
+    def label(self) -> str:
+        """People's words for it, such as "causal, window 4096, documents"."""
+        parts = ["causal"] if self.causal else []
+        if self.window is not None:
+            parts.append(f"window {self.window}")
+        if self.documents is not None:
+            parts.append("documents")
+        if self.padding is not None:
+            parts.append("padding")
+        return ", ".join(parts) or "no mask"

@@ -1,0 +1,179 @@
+"""From a mask's node to what it was proven to be, or why it was not.
+
+A boolean mask keeps a pair where it is True. A mask that is added to the scores keeps a pair where it is 0
+and drops it where it is −∞. Where it is a large negative number instead (finfo.min), the pair is dropped all
+the same, since exp(number + score - largest score) underflows to 0 *while another key of the row is kept*; a row
+without any kept key would average all keys instead of giving NaN. A causal row keeps its diagonal, so for the
+structures that are rewritten (j <= i, or everything) the two readings agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.fx as fx
+
+from mstc.graph.predicates.call import dtype_of, shape_of
+from mstc.graph.predicates.facts import Kind, MaskFact
+from mstc.graph.predicates.pointwise import each
+from mstc.graph.predicates.reader import Reader
+from mstc.graph.predicates.reading import Leaf
+from mstc.graph.predicates.structure import Structure, structure_of
+from mstc.graph.predicates.terms import (
+    FALSE,
+    FORMULAS,
+    TRUE,
+    Choice,
+    Expr,
+    Formula,
+    Holds,
+    Not,
+    Real,
+    Same,
+    Value,
+    conjuncts,
+    constant,
+    symbols,
+)
+
+# finfo(float16).min, the weakest "minus infinity" that libraries use: exp(-65504) is 0 in every dtype. Weaker ones
+# (-1e4) could be outweighed by a large score, so they are not taken for a mask.
+DROPPED = -65504.0
+
+
+@dataclass(frozen=True)
+class Unproven:
+    """Why a mask's structure could not be proven; leaves: the values that stand in the way."""
+
+    reason: str
+    leaves: tuple[Leaf, ...] = ()
+
+
+def fact_of(mask: fx.Node, queries: Expr, keys: Expr, reader: Reader) -> MaskFact | Unproven:
+    """What a mask [..., queries or 1, keys or 1] was proven to be."""
+    shape = shape_of(mask)
+    box = reader.box
+    i, j = box.position("i", queries), box.position("j", keys)
+    leading = [box.position("b", n) for n in shape[:-2]]
+    index = tuple(sympy.Integer(0) if extent == 1 else k for extent, k in zip(shape, (*leading, i, j), strict=True))
+    value = reader.value(mask, index)
+    kept = value if dtype_of(mask) is torch.bool else _kept(value)
+    if not isinstance(kept, FORMULAS):
+        return kept if isinstance(kept, Unproven) else _blame(value, reader)
+    found = structure_of(kept, i, j, reader)
+    if found is None:
+        return Unproven("it keeps a set of positions that is no band of diagonals", _leaves(symbols(kept), reader))
+    return _named(found, i, j, reader)
+
+
+# ------------------------------------------------------------------ masks that are added
+
+
+class _Added(Exception):
+    """A mask adds a number to kept scores."""
+
+
+def _kept(value: Value) -> Value | Unproven:
+    """Where an added mask keeps a score."""
+
+    def one(leaf: Value) -> Value:
+        known = constant(leaf)
+        if known == 0:
+            return TRUE
+        if known is not None and known <= DROPPED:
+            return FALSE
+        raise _Added("" if known is None else f"{known:g}")
+
+    try:
+        return each(one, value)
+    except _Added as added:
+        if str(added):
+            return Unproven(f"it adds {added} to scores, which neither keeps nor surely drops them")
+        return value
+
+
+def _blame(value: Value, reader: Reader) -> Unproven:
+    """A mask whose numbers are only known at run time."""
+    free = _free(value)
+    return Unproven("what it adds to the scores is only known at run time", _leaves(free, reader))
+
+
+def _free(value: Value) -> set[Expr]:
+    if isinstance(value, FORMULAS):
+        return symbols(value)
+    if isinstance(value, Choice):
+        return symbols(value.condition) | _free(value.then) | _free(value.other)
+    return set() if isinstance(value, Real) else set(value.free_symbols)
+
+
+def _leaves(found: Iterable[Expr], reader: Reader) -> tuple[Leaf, ...]:
+    leaves = [reader.leaves[s] for s in found if s in reader.leaves]
+    return tuple(sorted(leaves, key=lambda leaf: leaf.node.name))
+
+
+# ------------------------------------------------------------------ naming
+
+
+def _named(found: Structure, i: Expr, j: Expr, reader: Reader) -> MaskFact | Unproven:
+    """The structure in people's words, if there are any for it."""
+    documents: fx.Node | None = None
+    padding: fx.Node | None = None
+    for part in conjuncts(found.rest) - {TRUE}:
+        same = _document(part, i, j, reader)
+        only_keys = _padding(part, i, reader)
+        if same is not None and documents is None:
+            documents = same
+        elif only_keys is not None and padding is None:
+            padding = only_keys
+        else:
+            return Unproven("it depends on values in a form that has no name", _leaves(symbols(found.rest), reader))
+    if found.low not in (None, 0) and (found.high is None or found.low != -found.high):
+        return Unproven(f"it keeps the diagonals from {found.low} to {found.high} (query minus key)")
+    if found.low is None and found.high is not None:
+        return Unproven(f"it keeps the diagonals up to {found.high} (query minus key)")
+    causal = found.low == 0
+    window = None if found.high is None else found.high + 1
+    return MaskFact(_kind(causal, window, documents, padding), causal, window, documents, padding)
+
+
+def _kind(causal: bool, window: int | None, documents: fx.Node | None, padding: fx.Node | None) -> Kind:
+    if documents is not None:
+        return "document"
+    if padding is not None:
+        return "padding"
+    if window is not None:
+        return "sliding_window"
+    return "causal" if causal else "all_true"
+
+
+def _document(part: Formula, i: Expr, j: Expr, reader: Reader) -> fx.Node | None:
+    """The node with f, for f(i) == f(j): an equality that turns round when i and j change places."""
+    if not isinstance(part, Same):
+        return None
+    leaves = {s: reader.leaves[s] for s in part.expr.free_symbols if s in reader.leaves}
+    swapped: dict[Expr, Expr] = {i: j, j: i}
+    for symbol, leaf in leaves.items():
+        read = {s for k in leaf.index for s in k.free_symbols}
+        if {i, j} <= read:
+            return None
+        turned = tuple(k.subs({i: j, j: i}, simultaneous=True) for k in leaf.index)
+        swapped[symbol] = reader.value(leaf.node, turned)
+    other = part.expr.subs(swapped, simultaneous=True)
+    if sympy.expand(other + part.expr) != 0:
+        return None
+    return next((leaf.node for leaf in leaves.values() if i in {s for k in leaf.index for s in k.free_symbols}), None)
+
+
+def _padding(part: Formula, i: Expr, reader: Reader) -> fx.Node | None:
+    """The node with m, for a condition m(j) that reads no query."""
+    atom = part.atom if isinstance(part, Not) else part
+    if not isinstance(atom, Holds | Same):
+        return None
+    found = [s for s in symbols(part) if s in reader.leaves]
+    if len(found) != 1 or i in symbols(part):
+        return None
+    leaf = reader.leaves[found[0]]
+    return None if any(i in k.free_symbols for k in leaf.index) else leaf.node

@@ -20,6 +20,7 @@ import torch.fx as fx
 from mstc.graph.places import Flow, Lost, Place
 from mstc.graph.rules import flow_of, rule_of
 from mstc.graph.rules.call import operands_of
+from mstc.graph.rules.shape import FILLS
 from mstc.graph.sizes import same, shape_of
 
 Axis = int
@@ -97,6 +98,8 @@ class Axes:
             if held and (len(held) > 1 or need is None or not _same_place(held[0], need)):
                 return NotTokenwise(f"{node.target} needs all indices of the axis of its operand {operand.name}")
             needs.append(need)
+        if not any(needs) and node.target not in FILLS:
+            return NotTokenwise(f"{node.target} makes the axis from all of its operands")
         return Tokenwise(places[0], tuple(needs))
 
     def _tokenwise_item(self, node: fx.Node, axis: Axis) -> Tokenwise | NotTokenwise:

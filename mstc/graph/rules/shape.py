@@ -45,7 +45,7 @@ def unsqueeze(call: Call) -> Flow | None:
 
 
 def expand(call: Call) -> Flow | None:
-    return call.flow(broadcast_map(len(call.shape()), len(call.result)))
+    return call.flow(broadcast_map(len(call.shape()), len(call.result)), repeats=True)
 
 
 def one_dim_mixed(call: Call) -> Flow | None:
@@ -119,8 +119,18 @@ def repeat_interleave(call: Call) -> Flow | None:
 
 def made_like(call: Call) -> Flow | None:
     """A new tensor of a given shape: nothing of the operand but its dtype and device is read."""
-    return call.flow(tuple(MIXED for _ in call.shape()))
+    return call.flow(tuple(MIXED for _ in call.shape()), repeats=True)
 
+
+# Ops that repeat what they read along dimensions whose size is an argument: a piece of the result needs no piece of
+# an operand. Any other op that makes a dimension (a slice, a scan, a join) needs all of its operands for all of it.
+FILLS = (
+    aten.expand.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+)
 
 SHAPE_RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), view),

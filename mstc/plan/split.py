@@ -115,7 +115,8 @@ def head_of(region: Region, ends: Sequence[fx.Node]) -> set[fx.Node]:
     heavy = {n for n in within if is_heavy(n)}
     last = {n for n in heavy if not (descendants([n], within) - {n}) & heavy}
     before = heavy - last - set(ends)
-    return narrowest(within, before, ends, set(), nbytes) if before else within
+    # The last products belong to the head even where their own results are the narrowest values.
+    return narrowest(within, before, [*ends, *last], set(), nbytes) if before else within
 
 
 def split_recompute(axes: Axes, region: Region, kept_anyway: Callable[[fx.Node], bool]) -> list[Part]:

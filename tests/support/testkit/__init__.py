@@ -1,0 +1,1 @@
+"""What the tests of the core share: the measure of exactness, captured graphs, models and random programs."""

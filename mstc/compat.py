@@ -37,6 +37,7 @@ __all__ = [
     "is_autocast_switch",
     "is_checkpoint",
     "is_grad_mode_switch",
+    "is_transform_switch",
     "isolated_tracing",
     "lower_with",
     "trace_flat",
@@ -63,6 +64,11 @@ def is_autocast_switch(node: fx.Node) -> bool:
         torch.amp.autocast_mode._enter_autocast,
         torch.amp.autocast_mode._exit_autocast,
     )
+
+
+def is_transform_switch(node: fx.Node) -> bool:
+    """Parts of ``vmap``, ``grad`` and other function transforms, which stand as calls of their own in a graph."""
+    return str(getattr(node.target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch"))
 
 
 def is_checkpoint(target: object) -> bool:
@@ -173,12 +179,14 @@ def trace_flat(
     function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> fx.GraphModule:
     """Trace ``function`` over fake tensors below autograd; what it differentiates is recorded as plain ops."""
-    return make_fx(
-        function,
-        decomposition_table=dict(decompositions or {}),
-        tracing_mode="real",
-        _allow_non_fake_inputs=True,
-    )(*fakes)
+    # Inside the fake mode, since derivative formulas make constants of their own.
+    with fake_mode_of_values(fakes):
+        return make_fx(
+            function,
+            decomposition_table=dict(decompositions or {}),
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
 
 
 @contextlib.contextmanager

@@ -146,8 +146,7 @@ def _refuse_unproven(node: fx.Node, unproven: Unproven) -> Refusal:
     reason = f"the mask is not proven: {unproven.reason}"
     if inputs:
         reason += f"; it reads {inputs}"
-    remedy = "build the mask inside the compiled function from torch.arange, or pass is_causal=True"
-    return refuse("masks", node, reason, remedy)
+    return refuse("masks", node, reason, unproven.remedy)
 
 
 def _obstacle(call: Call, mask: fx.Node) -> str:

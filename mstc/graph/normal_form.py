@@ -64,6 +64,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _write_back(graph, traced.mutated, fakes)
     _carry_metadata(gm, placeholders, traced.gm)
     _drop_asserts(graph)
+    _spell_copies(graph, mode)
     _fold_grad_mode(graph, fakes, grad_mode)
     graph.eliminate_dead_code()
     graph.lint()
@@ -83,6 +84,8 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
                     source_of(node),
                     "cast the model's parameters (model.to(torch.bfloat16)) instead of using torch.autocast",
                 )
+            if compat.is_transform_switch(node):
+                raise NotNormalError("the graph holds a function transform (vmap, grad)", node.name, source_of(node))
             if isinstance(node.target, compat.HigherOrderOperator) and not compat.is_checkpoint(node.target):
                 raise NotNormalError(
                     f"the graph holds the higher-order op {node.target.name()}, which has a graph of its own",
@@ -128,6 +131,24 @@ def _drop_asserts(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in _ASSERTS and not node.users:
             graph.erase_node(node)
+
+
+def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
+    """``aten.copy``, which functionalization leaves for ``copy_``, has no derivative: cast and expand instead."""
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        value = node.meta["val"]
+        with graph.inserting_before(node):
+            source = node.args[1]
+            if source.meta["val"].dtype != value.dtype:
+                source = graph.call_function(aten._to_copy.default, (source,), {"dtype": value.dtype})
+                with mode:
+                    source.meta = {**node.meta, "val": node.args[1].meta["val"].to(value.dtype)}
+            whole = graph.call_function(aten.expand.default, (source, list(value.shape)))
+            result = graph.call_function(aten.clone.default, (whole,))
+        for made in (whole, result):
+            made.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
 
 def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:

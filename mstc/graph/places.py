@@ -41,18 +41,23 @@ class Flow(Protocol):
     def back(self, operand: int, place: Place) -> Place | None:
         """Which place of the operand a place of the results needs; None: the operand is shared by all indices."""
 
+    @property
+    def repeats(self) -> bool:
+        """Whether dimensions of the results that come from no operand hold equal values all along (expand, ones)."""
+
 
 @dataclass(frozen=True)
 class DimFlow:
     """Dimension d of operand i goes to dimension ``maps[i][d]`` of the results, or is lost.
 
     shapes: of the operands; result: shape of the results. A dimension of size 1 that goes to a
-    larger one is broadcast, so it is shared.
+    larger one is broadcast, so it is shared. repeats: see `Flow`.
     """
 
     maps: tuple[tuple[int | Lost, ...], ...]
     shapes: tuple[tuple[Size, ...], ...]
     result: tuple[Size, ...]
+    repeats: bool = False
 
     def carry(self, operand: int, place: Place) -> Place | Lost:
         target = self.maps[operand][place.dim]
@@ -76,6 +81,7 @@ class ViewFlow:
 
     before: tuple[Size, ...]
     after: tuple[Size, ...]
+    repeats: bool = False
 
     def carry(self, operand: int, place: Place) -> Place | Lost:
         return relocate(place, self.before, self.after) or Lost.MIXED

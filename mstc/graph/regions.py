@@ -56,14 +56,20 @@ class Region:
 
 
 def find_regions(graph: fx.Graph, axes: Axes) -> list[Region]:
-    """All regions that hold at least one matrix product, along the axes that `token_axes` chooses."""
+    """All regions that hold a product with a weight, along the axes that `token_axes` chooses.
+
+    A further axis counts only where the axes before it left a good part of those products.
+    """
     claimed: set[fx.Node] = set()
     regions: list[Region] = []
     derived = position_only(graph, axes)
+    total = sum(map(_weight_flops, graph.nodes))
     for axis in token_axes(graph, axes):
         proofs = _proofs(graph, axes, axis, claimed | derived)
+        if sum(map(_weight_flops, proofs)) < 0.1 * total:
+            continue
         for nodes in _components(graph, proofs):
-            if any(is_heavy(n) for n in nodes):
+            if any(_has_weight(n) for n in nodes):
                 regions.append(make_region(axes, axis, nodes))
                 claimed |= nodes
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -86,29 +92,34 @@ def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node]) -> 
 def token_axes(graph: fx.Graph, axes: Axes) -> list[Axis]:
     """Axes worth cutting, best first.
 
-    An axis along which something else than sums and weights mixes is a sequence; those come first.
-    A batch, which nothing mixes, is cut only where there is no sequence. Among equals, the one with the
-    most matrix-product FLOPs, then the longest.
+    An axis that something else than sums and products with weights mixes is a sequence, or features;
+    where there is one, a batch, which nothing mixes, is left alone. Products with weights tell
+    tokens from features: all of them are tokenwise along the tokens, few along one axis of features.
+    So the axes that have nearly the most of those FLOPs come first, the longest one before the others.
     """
     flops: dict[Axis, float] = {}
     mixed: set[Axis] = set()
     length: dict[Axis, float] = {}
+    total = 0.0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        work = matmul_flops(node) if node.target not in _LEFT_OUT else 0
+        work = _weight_flops(node)
+        total += work
         for axis in {a for operand in operands_of(node) for a in axes.of(operand)}:
             proof = axes.tokenwise(node, axis)
             if isinstance(proof, Tokenwise):
                 flops[axis] = flops.get(axis, 0) + work
                 length[axis] = float(_hint(proof.place.n))
-            elif not proof.sums and _mixes_activations(node, axis, axes):
+            elif not proof.sums and not is_heavy(node):
                 mixed.add(axis)
-    total = sum(matmul_flops(n) for n in graph.nodes if n.op == "call_function" and n.target not in _LEFT_OUT)
+            elif is_heavy(node) and not _has_weight(node):
+                mixed.add(axis)
     candidates = [a for a, work in flops.items() if work >= 0.02 * total and work > 0]
-    ranked = sorted(candidates, key=lambda a: (a in mixed, flops[a], length[a]), reverse=True)
-    sequences = [a for a in ranked if a in mixed]
-    return sequences or ranked[:1]
+    sequences = [a for a in candidates if a in mixed] or candidates
+    most = max((flops[a] for a in sequences), default=0.0)
+    sequences.sort(key=lambda a: (flops[a] >= 0.9 * most, length[a] if flops[a] >= 0.9 * most else flops[a]), reverse=True)
+    return sequences
 
 
 def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
@@ -203,12 +214,20 @@ def _may_enter(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target not in _LEFT_OUT and not has_order(node)
 
 
-def _mixes_activations(node: fx.Node, axis: Axis, axes: Axes) -> bool:
-    """Whether the node ties indices of the axis together by something else than a product with weights."""
-    if is_heavy(node):
-        holding = [o for o in operands_of(node) if axis in axes.of(o)]
-        return len(holding) > 1 and all(o.op == "call_function" for o in operands_of(node))
-    return True
+def _has_weight(node: fx.Node) -> bool:
+    """Whether the node is a product with a parameter (or a buffer), perhaps cast or transposed."""
+    return is_heavy(node) and any(_is_weight(o) for o in operands_of(node))
+
+
+def _weight_flops(node: fx.Node) -> float:
+    return matmul_flops(node) if _has_weight(node) else 0.0
+
+
+def _is_weight(node: fx.Node) -> bool:
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_tensor(node: fx.Node) -> bool:

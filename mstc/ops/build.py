@@ -63,7 +63,7 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
     traced: BackwardBody | None = None
     flops = (0.0, 0.0)
     for length in lengths:
-        mode = compat.FakeTensorMode()
+        mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
         fakes = [v.fake(mode, length) for v in (*tokens, *shared)]
         body = forward_body(region, length)
         with compat.isolated_tracing(mode):

@@ -63,7 +63,7 @@ def _ramp(vector: torch.Tensor, dim: int) -> Ramp | None:
     return Ramp(start, step, dim) if torch.equal(vector.to(torch.float64), steps + start) else None
 
 
-def _bands(matrix: torch.Tensor) -> Bands | None:
+def _bands(matrix: torch.Tensor) -> Ramp | Bands | None:
     """The bands of a matrix whose values depend on row - column only."""
     rows, columns = matrix.shape
     diagonals = torch.cat([matrix[0].flip(0), matrix[1:, 0]])  # d = 1 - columns .. rows - 1
@@ -75,6 +75,8 @@ def _bands(matrix: torch.Tensor) -> Bands | None:
         bottom = min(top + step, rows)
         if not torch.equal(matrix[top:bottom, 1:], matrix[top - 1 : bottom - 1, :-1]):
             return None
+    if changes.numel() == 0:
+        return Ramp(diagonals[0].item(), 0, 0)
     ends = [int(c) for c in changes]
     limits = (*(end + 1 - columns for end in ends), rows - 1)
     return Bands(limits, tuple(diagonals[end].item() for end in (*ends, len(diagonals) - 1)))

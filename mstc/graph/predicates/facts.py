@@ -15,8 +15,8 @@ class MaskFact:
     """Query i sees key j if and only if every part that is present holds.
 
     kind: the most telling part; causal: j <= i; window: i - j < window (and j - i < window unless causal);
-    documents: a node whose values at i and j are equal; padding: a node whose value at j lets the key in
-    (the keys' part of the mask reads no query).
+    documents: a node whose values for i and for j are equal; padding: a node whose value for j alone tells whether
+    the key is seen (by a condition that is not kept here).
     """
 
     kind: Kind

@@ -46,10 +46,11 @@ DROPPED = -65504.0
 
 @dataclass(frozen=True)
 class Unproven:
-    """Why a mask's structure could not be proven; leaves: the values that stand in the way."""
+    """Why a mask's structure could not be proven, and what would help; leaves: the values that stand in the way."""
 
     reason: str
     leaves: tuple[Leaf, ...] = ()
+    remedy: str = "build the mask inside the compiled function from torch.arange, or pass is_causal=True"
 
 
 def fact_of(mask: fx.Node, queries: Expr, keys: Expr, reader: Reader) -> MaskFact | Unproven:
@@ -98,7 +99,8 @@ def _kept(value: Value) -> Value | Unproven:
 def _blame(value: Value, reader: Reader) -> Unproven:
     """A mask whose numbers are only known at run time."""
     free = _free(value)
-    return Unproven("what it adds to the scores is only known at run time", _leaves(free, reader))
+    reason = "what it adds to the scores is only known at run time"
+    return Unproven(reason, _leaves(free, reader), "none if the model biases its scores (ALiBi, relative positions)")
 
 
 def _free(value: Value) -> set[Expr]:
@@ -150,21 +152,22 @@ def _kind(causal: bool, window: int | None, documents: fx.Node | None, padding: 
 
 
 def _document(part: Formula, i: Expr, j: Expr, reader: Reader) -> fx.Node | None:
-    """The node with f, for f(i) == f(j): an equality that turns round when i and j change places."""
+    """The node f, for a condition f(i) == f(j): both sides are leaves, one the other with i and j exchanged."""
     if not isinstance(part, Same):
         return None
-    leaves = {s: reader.leaves[s] for s in part.expr.free_symbols if s in reader.leaves}
-    swapped: dict[Expr, Expr] = {i: j, j: i}
-    for symbol, leaf in leaves.items():
-        read = {s for k in leaf.index for s in k.free_symbols}
-        if {i, j} <= read:
-            return None
-        turned = tuple(k.subs({i: j, j: i}, simultaneous=True) for k in leaf.index)
-        swapped[symbol] = reader.value(leaf.node, turned)
-    other = part.expr.subs(swapped, simultaneous=True)
-    if sympy.expand(other + part.expr) != 0:
+    sides = [s for s in part.expr.free_symbols if s in reader.leaves]
+    if len(sides) != 2 or part.expr not in (sides[0] - sides[1], sides[1] - sides[0]):
         return None
-    return next((leaf.node for leaf in leaves.values() if i in {s for k in leaf.index for s in k.free_symbols}), None)
+    first, second = sides if _reads(reader.leaves[sides[0]], i) else sides[::-1]
+    leaf = reader.leaves[first]
+    if not _reads(leaf, i) or _reads(leaf, j):
+        return None
+    turned = tuple(k.subs(i, j) for k in leaf.index)
+    return leaf.node if reader.value(leaf.node, turned) == second else None
+
+
+def _reads(leaf: Leaf, position: Expr) -> bool:
+    return any(position in k.free_symbols for k in leaf.index)
 
 
 def _padding(part: Formula, i: Expr, reader: Reader) -> fx.Node | None:
@@ -176,4 +179,4 @@ def _padding(part: Formula, i: Expr, reader: Reader) -> fx.Node | None:
     if len(found) != 1 or i in symbols(part):
         return None
     leaf = reader.leaves[found[0]]
-    return None if any(i in k.free_symbols for k in leaf.index) else leaf.node
+    return None if _reads(leaf, i) else leaf.node

@@ -54,8 +54,8 @@ class Call:
         value = self.arg(name, default)
         return int(value) % max(len(self.shape(operand)), 1)
 
-    def flow(self, *maps: Map) -> DimFlow:
-        return DimFlow(tuple(maps), self.shapes, self.result)
+    def flow(self, *maps: Map, repeats: bool = False) -> DimFlow:
+        return DimFlow(tuple(maps), self.shapes, self.result, repeats)
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

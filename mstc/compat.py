@@ -16,6 +16,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._ops import HigherOrderOperator, OpOverload
@@ -40,6 +41,7 @@ __all__ = [
     "is_transform_switch",
     "isolated_tracing",
     "lower_with",
+    "mode_settings",
     "trace_flat",
     "trace_functional",
     "without_cudagraphs",
@@ -206,6 +208,11 @@ def without_cudagraphs() -> Iterator[None]:
     """A loop body runs inside an operator, where a CUDA graph of its own cannot be recorded."""
     with inductor_config.patch({"triton.cudagraphs": False}):
         yield
+
+
+def mode_settings(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings behind a ``mode`` of ``torch.compile``; an unknown one raises ``RuntimeError``."""
+    return dict(list_mode_options(mode))
 
 
 def lower_with(name: str) -> Callable[..., Any]:

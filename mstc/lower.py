@@ -9,14 +9,39 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.report import Refusal, Report
 
 
-def lower(gm: fx.GraphModule, inputs: Sequence[Any], name: str) -> Callable[..., Any]:
-    """Compile a graph with "inductor", "aot_eager" or "eager"; inputs may be fake."""
+def lower(
+    gm: fx.GraphModule, inputs: Sequence[Any], name: str, settings: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph with "inductor", "aot_eager" or "eager"; inputs may be fake.
+
+    settings: of Inductor's configuration, for this graph only.
+    """
     if name == "eager":
         return gm.forward
-    compiled: Callable[..., Any] = compat.lower_with(name)(gm, list(inputs))
+    patches = {"config_patches": settings} if settings and name == "inductor" else {}
+    compiled: Callable[..., Any] = compat.lower_with(name)(gm, list(inputs), **patches)
     return compiled
+
+
+def mode_settings(mode: str | None, has_loops: bool, report: Report) -> dict[str, Any]:
+    """Inductor's settings for a ``mode`` of ``torch.compile``; a graph with loops gets no CUDA graph."""
+    if mode in (None, "default"):
+        return {}
+    settings = compat.mode_settings(mode)
+    if has_loops and settings.pop("triton.cudagraphs", False):
+        report.refusals.append(
+            Refusal(
+                "lower",
+                "",
+                "",
+                f"mode {mode!r} asks for CUDA graphs, which are switched off for a graph with loops",
+                'set options={"mini_sequence": False, "lm_head": False} to have CUDA graphs',
+            )
+        )
+    return settings
 
 
 def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
-
 import torch.fx as fx
 
 from mstc.errors import StrictError
@@ -16,21 +13,24 @@ from mstc.passes.order import PASSES
 from mstc.report import Fidelity, Refusal, Report
 
 
-def run(gm: fx.GraphModule, ctx: Context, report: Report, snapshots: Mapping[str, Any] | None = None) -> None:
+def run(gm: fx.GraphModule, ctx: Context, report: Report, stages: list[tuple[str, fx.GraphModule]] | None = None) -> None:
     """Apply every enabled pass to the graph, in place.
 
-    snapshots: where given, a dict that gets a copy of the graph after each pass that changed it.
+    stages: where given, it gets ("", copy of the graph before) and (name, copy) after each pass that changed it.
     Raises `StrictError` where ``strict`` is set and a pass that was asked for changed nothing.
     """
     editor = Editor(gm)
+    if stages is not None:
+        stages.append(("", _copy(gm)))
     for step in PASSES:
         if step.option and not ctx.options.enabled(step.option):
             continue
         changed = _run_one(step, editor, ctx, report)
-        if changed and snapshots is not None:
-            snapshots[step.name] = _copy(gm)  # type: ignore[index]
+        if changed and stages is not None:
+            stages.append((step.name, _copy(gm)))
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)
+    report.regions = list(ctx.infos)
     _hold_to_word(ctx, report)
 
 

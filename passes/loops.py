@@ -11,15 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx as fx
 
-from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.regions import Region
 from mstc.ops.build import Recipe, build
 from mstc.ops.program import Program
 from mstc.passes.base import Context
 from mstc.plan.chunks import Chunks
-
-LOOPS = ("mstc::loop", "mstc::loss_loop")
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,10 @@ class LoopSite:
 def is_loop(node: fx.Node) -> bool:
     """Whether a node calls a loop op."""
     return node.op == "call_function" and str(node.target).startswith(("mstc.loop", "mstc.loss_loop"))
+
+
+def has_loops(gm: fx.GraphModule) -> bool:
+    return any(is_loop(n) for n in gm.graph.nodes)
 
 
 def read_by_loop(node: fx.Node, regions: list[Region], own: Region) -> bool:
@@ -123,6 +124,3 @@ def _seed(editor: Editor, total: fx.Node) -> fx.Node:
         node = user
     return seed
 
-
-def new_axes(gm: fx.GraphModule) -> Axes:
-    return Axes(gm.graph)

@@ -20,7 +20,6 @@ import torch.fx as fx
 from mstc.graph.places import Flow, Lost, Place
 from mstc.graph.rules import flow_of, rule_of
 from mstc.graph.rules.call import operands_of
-from mstc.graph.rules.shape import FILLS
 from mstc.graph.sizes import same, shape_of
 
 Axis = int
@@ -86,7 +85,9 @@ class Axes:
         flow = self._flows.get(node)
         if flow is None:
             known = rule_of(node.target) is not None
-            return NotTokenwise(f"{node.target} {'is not covered with these arguments' if known else 'has no axis rule'}")
+            return NotTokenwise(
+                f"{node.target} {'is not covered with these arguments' if known else 'has no axis rule'}"
+            )
         places = self.places(node, axis)
         operands = operands_of(node)
         if len(places) != 1:
@@ -98,7 +99,7 @@ class Axes:
             if held and (len(held) > 1 or need is None or not _same_place(held[0], need)):
                 return NotTokenwise(f"{node.target} needs all indices of the axis of its operand {operand.name}")
             needs.append(need)
-        if not any(needs) and node.target not in FILLS:
+        if not any(needs) and not flow.repeats:
             return NotTokenwise(f"{node.target} makes the axis from all of its operands")
         return Tokenwise(places[0], tuple(needs))
 
@@ -113,9 +114,7 @@ class Axes:
     ) -> NotTokenwise:
         if count > 1:
             return NotTokenwise(f"{node.target} pairs the axis with itself")
-        lost = [
-            flow.carry(i, p) for i, operand in enumerate(operands) for p in self.places(operand, axis)
-        ]
+        lost = [flow.carry(i, p) for i, operand in enumerate(operands) for p in self.places(operand, axis)]
         if lost and all(how is Lost.SUMMED for how in lost):
             return NotTokenwise(f"{node.target} sums over the axis", sums=True)
         return NotTokenwise(f"{node.target} mixes the axis")

@@ -122,16 +122,6 @@ def made_like(call: Call) -> Flow | None:
     return call.flow(tuple(MIXED for _ in call.shape()), repeats=True)
 
 
-# Ops that repeat what they read along dimensions whose size is an argument: a piece of the result needs no piece of
-# an operand. Any other op that makes a dimension (a slice, a scan, a join) needs all of its operands for all of it.
-FILLS = (
-    aten.expand.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-    aten.new_empty.default,
-)
-
 SHAPE_RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), view),
     **dict.fromkeys((aten.flatten.using_ints, aten.unflatten.int), view),

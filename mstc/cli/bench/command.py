@@ -48,7 +48,7 @@ class Runs:
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all usable cores unless given.")
 @click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options for mstc.")
-@click.option("--cold", is_flag=True, help="Compile without caches, as on a fresh machine.")
+@click.option("--cold", is_flag=True, help="Compile without any cache.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
 def bench(
     systems: tuple[str, ...],
@@ -89,7 +89,7 @@ def _run_rounds(jobs: list[Job], rounds: int, cold: bool, console: Console) -> R
                 progress.update(task, description=f"round {number + 1}: {SYSTEMS[job.system].about}, {job.seq} tokens")
                 key = (job.seq, job.system)
                 try:
-                    result = run_job(job, lambda event: progress.advance(task), cold=cold)
+                    result = run_job(job, lambda event: progress.advance(task), caches="off" if cold else "kept")
                 except WorkerError as error:
                     runs.failures[key] = str(error)
                 else:

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from mstc.cli.bench.job import Event, Job, Result
 from mstc.errors import MstcError
 
-__all__ = ["WorkerError", "run_job"]
+__all__ = ["Caches", "WorkerError", "run_job"]
 
 _MMAP_THRESHOLD = "1048576"  # bytes; larger blocks go back to the system when they are freed
 
@@ -22,15 +22,21 @@ class WorkerError(MstcError):
     """A worker ended without a result; the message is the end of what it printed."""
 
 
-def run_job(job: Job, on_step: Callable[[Event], None] = lambda event: None, *, cold: bool = False) -> Result:
-    """Measure ``job`` in a process of its own; ``cold`` compiles without any cache.
+Caches = Literal["kept", "empty", "off"]
+
+
+def run_job(job: Job, on_step: Callable[[Event], None] = lambda event: None, *, caches: Caches = "kept") -> Result:
+    """Measure ``job`` in a process of its own.
+
+    caches: "kept" compiles with the caches of earlier runs, "empty" with new ones as on a fresh
+    machine, "off" with none, so that not even one graph's kernels serve another.
 
     Raises `WorkerError` when the process fails or is killed (as the system does when memory runs out).
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryDirectory() as cache:
         receive, send = os.pipe()
         command = [sys.executable, "-m", "mstc.cli.bench.worker", job.to_json(), str(send)]
-        environment = _environment(cache if cold else None)
+        environment = _environment(caches, cache)
         with os.fdopen(receive, encoding="utf-8") as lines:
             try:
                 process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, pass_fds=[send])
@@ -57,15 +63,17 @@ def _listen(lines: IO[str], on_step: Callable[[Event], None]) -> Result | None:
     return None
 
 
-def _environment(cold_cache: str | None) -> dict[str, str]:
+def _environment(caches: Caches, folder: str) -> dict[str, str]:
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": _MMAP_THRESHOLD,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    if cold_cache is not None:
-        environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": cold_cache}
+    if caches != "kept":
+        environment["TORCHINDUCTOR_CACHE_DIR"] = folder
+    if caches == "off":
+        environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     return environment
 
 

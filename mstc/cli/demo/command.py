@@ -43,7 +43,7 @@ def demo(
 ) -> None:
     """Train a byte-level Llama on Python's own source files under each system, on the same batches.
 
-    Each system runs in a process of its own and compiles without caches. Ends with a table, and
+    Each system runs in a process of its own and compiles as on a fresh machine. Ends with a table, and
     writes demo.png and demo.json to the output folder.
     """
     jobs = [
@@ -91,7 +91,7 @@ def _train_one(job: Job, progress: Progress, console: Console) -> Result:
             console.print(text, markup=False, highlight=False)
 
     try:
-        return run_job(job, show, cold=True)
+        return run_job(job, show, caches="empty")
     except WorkerError as error:
         raise click.ClickException(str(error)) from error
 

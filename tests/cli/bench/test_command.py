@@ -43,7 +43,7 @@ def test_a_failing_worker_says_why() -> None:
         run_job(Job(system="eager", model="no such model", seq=64, steps=1))
 
 
-def fake_run_job(job: Job, on_step: object, *, cold: bool) -> Result:
+def fake_run_job(job: Job, on_step: object, *, caches: str) -> Result:
     if job.system == "ckpt":
         raise WorkerError("ckpt at 64 tokens: killed by signal 9")
     seconds = 1.0 if job.system == "mstc" else 2.0
@@ -53,9 +53,9 @@ def fake_run_job(job: Job, on_step: object, *, cold: bool) -> Result:
 def test_bench_alternates_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     order: list[str] = []
 
-    def spy(job: Job, on_step: object, *, cold: bool) -> Result:
+    def spy(job: Job, on_step: object, *, caches: str) -> Result:
         order.append(job.system)
-        return fake_run_job(job, on_step, cold=cold)
+        return fake_run_job(job, on_step, caches=caches)
 
     monkeypatch.setattr(command, "run_job", spy)
     out = tmp_path / "new" / "bench.json"

@@ -1,2 +1,3 @@
+from mstc.kernels.api import dplr_attention as dplr_attention
 from mstc.kernels.api import linear_attention as linear_attention
 from mstc.kernels.common.checks import KernelArgumentError as KernelArgumentError

@@ -1,4 +1,4 @@
-"""``linear_attention``: checks of the arguments, and the class of its decay."""
+"""``linear_attention`` and ``dplr_attention``: checks of the arguments, and the class that they ask for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from mstc.kernels.common.checks import (
     check_shape,
     fail,
 )
+from mstc.kernels.delta_rule.op import delta_rule
+from mstc.kernels.delta_rule.recurrent import fused_recurrent as delta_recurrent
+from mstc.kernels.dplr.op import dplr
+from mstc.kernels.dplr.recurrent import fused_recurrent as dplr_recurrent
 from mstc.kernels.scalar_decay.op import scalar_decay
-from mstc.kernels.scalar_decay.recurrent import fused_recurrent
+from mstc.kernels.scalar_decay.recurrent import fused_recurrent as scalar_recurrent
+from mstc.kernels.vector_decay.op import vector_decay
+from mstc.kernels.vector_decay.recurrent import fused_recurrent as vector_recurrent
 
-__all__ = ["linear_attention"]
+__all__ = ["dplr_attention", "linear_attention"]
 
 
 @overload
@@ -33,6 +39,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: Literal[False] = False,
     cu_seqlens: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def linear_attention(
@@ -46,8 +53,8 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: Literal[True],
     cu_seqlens: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
-@overload
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -59,58 +66,134 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Linear attention: S_t = exp(decay_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
 
-    q, k: [B, T, H, K]; v: [B, T, H, V]; decay: log decay, at most 0, as [H] or [B, T, H]
-    (None: no decay); scale: K ** -0.5 unless given; initial_state: [B, H, K, V], or [N, H, K, V]
-    for N documents packed by ``cu_seqlens`` [N + 1] (then B = 1).
+    q, k: [B, T, H, K]; v: [B, T, H, V]; decay: log decay, at most 0, as [H], [B, T, H] or
+    [B, T, H, K] (None: no decay); scale: K ** -0.5 unless given; initial_state: [B, H, K, V], or
+    [N, H, K, V] for N documents packed by ``cu_seqlens`` [N + 1] (then B = 1). beta [B, T, H] is
+    the delta rule: decay first, then S += k (beta (v - k S)). bonus [H, K] (RWKV6, with a decay
+    over K): o_t = scale * q_t (S_{t-1} + diag(bonus) k_t^T v_t).
     Returns o [B, T, H, V], or (o, final state) with ``output_final_state``.
     """
-    _check(q, k, v, decay, beta, initial_state, cu_seqlens)
+    _check_common(q, k, v, {"decay": decay, "beta": beta, "bonus": bonus}, initial_state, cu_seqlens)
+    _check_options(q, decay, beta, bonus)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if decay is not None and decay.dim() == 1:
         decay = decay.expand(q.shape[:3])
-    if q.shape[1] == 1 and cu_seqlens is None:
-        out, final = fused_recurrent(q, k, v, decay, initial_state, scale)
-    else:
-        compiled = torch.compiler.is_compiling()
-        out, final, _ = scalar_decay(q, k, v, decay, initial_state, cu_seqlens, scale, compiled)
+    out, final = _run(q, k, v, decay, beta, bonus, scale, initial_state, cu_seqlens)
     return (out, final) if output_final_state else out
 
 
-def _check(
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
     beta: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    one = _is_one_token(q, cu_seqlens)
+    compiled = torch.compiler.is_compiling()
+    if beta is not None:
+        if one:
+            return delta_recurrent(q, k, v, decay, beta, initial_state, scale)
+        out, final, _ = delta_rule(q, k, v, decay, beta, initial_state, cu_seqlens, scale, compiled)
+        return out, final
+    if decay is not None and decay.dim() == 4:
+        if one:
+            return vector_recurrent(q, k, v, decay, bonus, initial_state, scale)
+        out, final, _ = vector_decay(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, compiled)
+        return out, final
+    if one:
+        return scalar_recurrent(q, k, v, decay, initial_state, scale)
+    out, final, _ = scalar_decay(q, k, v, decay, initial_state, cu_seqlens, scale, compiled)
+    return out, final
+
+
+@overload
+def dplr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    decay: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def dplr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    decay: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def dplr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    decay: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """S_t = diag(exp(decay_t)) S_{t-1} + b_t^T (a_t S_{t-1}) + k_t^T v_t, o_t = scale * q_t S_t (RWKV7).
+
+    q, k, a, b and decay are [B, T, H, K]; everything else is as in ``linear_attention``.
+    """
+    _check_common(q, k, v, {"a": a, "b": b, "decay": decay}, initial_state, cu_seqlens)
+    dims = list(zip("BTHK", q.shape, strict=True))
+    for name, tensor in (("a", a), ("b", b), ("decay", decay)):
+        check_shape(name, tensor, dims)
+    for name, tensor in (("a", a), ("b", b)):
+        _check_same_dtype(name, tensor, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _is_one_token(q, cu_seqlens):
+        out, final = dplr_recurrent(q, k, v, a, b, decay, initial_state, scale)
+    else:
+        compiled = torch.compiler.is_compiling()
+        out, final, _ = dplr(q, k, v, a, b, decay, initial_state, cu_seqlens, scale, compiled)
+    return (out, final) if output_final_state else out
+
+
+def _is_one_token(q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    return cu_seqlens is None and q.shape[1] == 1
+
+
+def _check_common(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: dict[str, Tensor | None],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    named = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta, "initial_state": initial_state}
+    named: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, **others, "initial_state": initial_state}
     check_device("q", {**named, "cu_seqlens": cu_seqlens})
     for name, tensor in named.items():
         if tensor is not None:
             check_dtype(name, tensor)
     _check_inputs(q, k, v)
-    batch, length, heads, key = q.shape
-    if beta is not None:
-        raise fail("beta", "a tensor", "None: the delta rule is not built yet")
-    if decay is not None:
-        _check_decay(decay, batch, length, heads)
+    batch, _, heads, key = q.shape
     states = batch
     if cu_seqlens is not None:
         check_offsets_form(cu_seqlens, batch)
@@ -131,15 +214,26 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise fail("v", f"shape {list(v.shape)}", "[B, T, H, V]")
     check_head_dim("v", v.shape[-1])
     check_shape("v", v, [("B", batch), ("T", length), ("H", heads), ("V", v.shape[-1])])
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise fail(name, f"dtype {tensor.dtype}", f"the dtype of q, {q.dtype}, or autocast")
+    _check_same_dtype("k", k, q)
+    _check_same_dtype("v", v, q)
 
 
-def _check_decay(decay: Tensor, batch: int, length: int, heads: int) -> None:
-    if decay.dim() == 1:
-        check_shape("decay", decay, [("H", heads)])
-    elif decay.dim() == 3:
-        check_shape("decay", decay, [("B", batch), ("T", length), ("H", heads)])
-    else:
-        raise fail("decay", f"shape {list(decay.shape)}", "[H] or [B, T, H]; a decay over K is not built yet")
+def _check_same_dtype(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise fail(name, f"dtype {tensor.dtype}", f"the dtype of q, {q.dtype}, or autocast")
+
+
+def _check_options(q: Tensor, decay: Tensor | None, beta: Tensor | None, bonus: Tensor | None) -> None:
+    batch, length, heads, key = q.shape
+    tokens = [("B", batch), ("T", length), ("H", heads)]
+    if decay is not None:
+        allowed = {1: [("H", heads)], 3: tokens, 4: [*tokens, ("K", key)]}
+        if decay.dim() not in allowed:
+            raise fail("decay", f"shape {list(decay.shape)}", "[H], [B, T, H] or [B, T, H, K]")
+        check_shape("decay", decay, allowed[decay.dim()])
+    if beta is not None:
+        check_shape("beta", beta, tokens)
+    if bonus is not None:
+        check_shape("bonus", bonus, [("H", heads), ("K", key)])
+        if beta is not None or decay is None or decay.dim() != 4:
+            raise fail("bonus", "a tensor", "only with a decay of [B, T, H, K] and without beta")

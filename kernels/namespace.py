@@ -16,6 +16,7 @@ __all__ = ["NAMES"]
 
 NAMES = {
     "KernelArgumentError": "mstc.kernels.common.checks",
+    "dplr_attention": "mstc.kernels.api",
     "linear_attention": "mstc.kernels.api",
 }
 

@@ -207,4 +207,5 @@ def run_backward(
                 if total is not None and part_sum is not None:
                     total += part_sum.view(span.rows, *total.shape).sum(0)
         grad_initial[states] = grad_state.view(span.rows, heads, *state_shape)
-    return grads, sums, grad_initial
+    totals = tuple(None if s is None else s.to(t.dtype) for t, s in zip(shared, sums, strict=True))
+    return grads, totals, grad_initial

@@ -12,7 +12,7 @@ from torch import Tensor
 from mstc.kernels import split
 from mstc.kernels.api import linear_attention
 
-KINDS = ["none", "head", "token"]
+KINDS = ["none", "head", "token", "vector", "delta none", "delta token", "delta vector"]
 
 
 def make(kind: str, length: int) -> dict[str, Tensor | None]:

@@ -1,0 +1,1 @@
+"""A diagonal plus low rank transition, the generalized delta rule of RWKV7."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mstc.passes.base import Pass
 from mstc.passes.lm_head import LM_HEAD
+from mstc.passes.masks import MASKS
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.recompute import RECOMPUTE
 from mstc.passes.token_losses import TOKEN_LOSSES
@@ -11,6 +12,7 @@ from mstc.passes.unused_outputs import UNUSED_OUTPUTS
 
 PASSES: tuple[Pass, ...] = (
     UNUSED_OUTPUTS,  # first, so that nothing is kept for an output that nobody reads
+    MASKS,
     TOKEN_LOSSES,  # before lm_head, which ends in sums
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop
     MINI_SEQUENCE,

@@ -39,7 +39,14 @@ _TAKES_SIZES = {
     aten.new_full.default: 1,
     aten.new_empty.default: 1,
 }
-_BECOMES_VIEW = (aten.flatten.using_ints, aten.unflatten.int)
+# A squeeze would also drop an axis whose chunks have length 1.
+_BECOMES_VIEW = (
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
@@ -206,11 +213,7 @@ def backward_body(
     gradients are computed in the forward).
     """
     names = [n.name for n in body.graph.find_nodes(op="placeholder")]
-    weights = {
-        names[len(tokens) + j]: j
-        for j, need in enumerate(shared_needs)
-        if need and shared[j].dim() == 2
-    }
+    weights = {names[len(tokens) + j]: j for j, need in enumerate(shared_needs) if need and shared[j].dim() == 2}
     grads = [i for i, need in enumerate(result_needs) if need]
     layout: dict[str, Any] = {}
 
@@ -237,7 +240,9 @@ def backward_body(
     cotangents = [torch.empty_like(results[i]) for i in grads]
     with torch.no_grad():
         gm = compat.trace_flat(joint, [*tokens, *shared, *cotangents])
-    return _assemble(gm, layout, len(tokens), len(shared), token_needs, shared_needs, grads, len(results), keepable, with_values)
+    return _assemble(
+        gm, layout, len(tokens), len(shared), token_needs, shared_needs, grads, len(results), keepable, with_values
+    )
 
 
 def _assemble(
@@ -297,9 +302,7 @@ def _assemble(
             anchor.prepend(kept_nodes[i])
     gm.graph.lint()
     gm.recompile()
-    return BackwardBody(
-        gm, used_tokens, used_shared, kept, used_grads, token_grads, shared_grads, factors, values
-    )
+    return BackwardBody(gm, used_tokens, used_shared, kept, used_grads, token_grads, shared_grads, factors, values)
 
 
 def _read_kept(

@@ -39,19 +39,19 @@ def reduce_(call: Call) -> Flow | None:
 
 
 def layer_norm(call: Call) -> Flow | None:
+    """Normalized dimensions are mixed; the weights, which stand along them, are needed whole with them."""
     rank = len(call.shape())
     normalized = len(call.arg("normalized_shape"))
     kept = rank - normalized
     first: Map = tuple(d if d < kept else MIXED for d in range(rank))
-    rest: list[Map] = [tuple(range(kept, rank)) for _ in call.operands[1:]]
-    return call.flow(first, *rest)
+    return call.flow(first, *((MIXED,) * normalized for _ in call.operands[1:]))
 
 
 def group_norm(call: Call) -> Flow | None:
     """Statistics over channels of a group and all positions: only the batch dimension is free."""
     rank = len(call.shape())
     first: Map = (0, *(MIXED for _ in range(rank - 1)))
-    return call.flow(first, *((1,) for _ in call.operands[1:]))
+    return call.flow(first, *((MIXED,) for _ in call.operands[1:]))
 
 
 def cross_entropy(call: Call) -> Flow | None:

@@ -1,0 +1,471 @@
+"""Random calls of every op in the table of axis rules.
+
+A case draws the arguments of one call; tensors in them become the call's operands. `CASES` must name every op of
+`mstc.graph.rules.TABLE` (held by a test).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+aten = torch.ops.aten
+Args = tuple[Any, ...]
+Case = Callable[["Pick"], "Args | tuple[Args, dict[str, Any]]"]
+
+SIZES = (1, 2, 3, 4, 6)
+NONE, MEAN = 0, 1
+
+
+class Pick:
+    """Draws sizes, flags and tensors."""
+
+    def __init__(self, draw: Callable[..., Any]) -> None:
+        self._draw = draw
+        self._random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def int(self, low: int, high: int) -> int:
+        return int(self._draw(st.integers(low, high)))
+
+    def flag(self) -> bool:
+        return bool(self._draw(st.booleans()))
+
+    def one(self, *values: Any) -> Any:
+        return self._draw(st.sampled_from(values))
+
+    def size(self) -> int:
+        return int(self._draw(st.sampled_from(SIZES)))
+
+    def shape(self, low: int = 1, high: int = 4) -> list[int]:
+        return [self.size() for _ in range(self.int(low, high))]
+
+    def tensor(self, shape: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        if dtype.is_floating_point:
+            return torch.randn(shape, dtype=dtype, generator=self._random)
+        return torch.randint(0, 2, shape, generator=self._random).to(dtype)
+
+    def indices(self, shape: list[int], below: int) -> Tensor:
+        return torch.randint(0, below, shape, generator=self._random)
+
+    def dim(self, shape: list[int]) -> int:
+        return self.int(-len(shape), len(shape) - 1)
+
+    def dims(self, shape: list[int]) -> list[int]:
+        chosen = self._draw(st.lists(st.sampled_from(range(len(shape))), unique=True, min_size=1))
+        return [d - len(shape) if self.flag() else d for d in chosen]
+
+    def smaller(self, shape: list[int]) -> list[int]:
+        """A shape that broadcasts to ``shape``: leading dimensions left out, others 1."""
+        return [1 if self.flag() else n for n in shape[self.int(0, len(shape)) :]]
+
+    def regroup(self, shape: list[int]) -> list[int]:
+        """Another shape of as many elements."""
+        left, result = math.prod(shape), []
+        while left > 1 and len(result) < 4:
+            divisors = [d for d in range(1, left + 1) if left % d == 0]
+            result.append(self._draw(st.sampled_from(divisors)))
+            left //= result[-1]
+        return [*result, left]
+
+
+# ------------------------------------------------------------------ pointwise
+
+
+def _one(*more: Any) -> Case:
+    return lambda p: (p.tensor(p.shape()), *more)
+
+
+def _two(dtype: torch.dtype = torch.float64) -> Case:
+    def case(p: Pick) -> Args:
+        shape = p.shape()
+        small = p.smaller(shape)
+        return (
+            (p.tensor(shape, dtype), p.tensor(small, dtype))
+            if p.flag()
+            else (p.tensor(small, dtype), p.tensor(shape, dtype))
+        )
+
+    return case
+
+
+def _copy(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), p.tensor(p.smaller(shape))
+
+
+def _masked(other: bool) -> Case:
+    def case(p: Pick) -> Args:
+        shape = p.shape()
+        mask, value = p.tensor(shape, torch.bool), p.tensor(p.smaller(shape))
+        return (mask, value, 2.0) if other else (mask, 2.0, value)
+
+    return case
+
+
+# ------------------------------------------------------------------ shapes
+
+
+def _view(p: Pick) -> Args:
+    shape = p.shape(1, 4)
+    return p.tensor(shape), p.regroup(shape)
+
+
+def _flatten(p: Pick) -> Args:
+    shape = p.shape(2, 4)
+    first = p.int(0, len(shape) - 1)
+    return p.tensor(shape), first, p.int(first, len(shape) - 1) - p.one(0, len(shape))
+
+
+def _unflatten(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    parts = p.regroup([shape[dim]])
+    if p.flag() and 0 not in parts:
+        parts[p.int(0, len(parts) - 1)] = -1
+    return p.tensor(shape), dim, parts
+
+
+def _squeeze_dims(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), p.dims(shape)
+
+
+def _permute(p: Pick) -> Args:
+    shape = p.shape()
+    order = p._draw(st.permutations(range(len(shape))))
+    return p.tensor(shape), [d - len(shape) if p.flag() else d for d in order]
+
+
+def _expand(p: Pick) -> Args:
+    shape = p.shape()
+    small = p.smaller(shape)
+    return p.tensor(small), [
+        -1 if d >= len(shape) - len(small) and p.flag() and small[d - len(shape)] == n else n
+        for d, n in enumerate(shape)
+    ]
+
+
+def _slice(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    start = p.one(None, 0, p.int(-shape[dim], shape[dim]))
+    return p.tensor(shape), dim, start, p.one(None, shape[dim], 2**62, p.int(-1, shape[dim])), p.one(1, 2)
+
+
+def _select(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    return p.tensor(shape), dim, p.int(-shape[dim], shape[dim] - 1)
+
+
+def _cat(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    parts = []
+    for _ in range(p.int(1, 3)):
+        part = list(shape)
+        part[dim] = p.size()
+        parts.append(p.tensor(part))
+    return parts, dim
+
+
+def _stack(p: Pick) -> Args:
+    shape = p.shape(0, 3)
+    return [p.tensor(shape) for _ in range(p.int(1, 3))], p.int(-len(shape) - 1, len(shape))
+
+
+def _pad(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), [p.int(0, 2) for _ in range(2 * p.int(1, len(shape)))]
+
+
+def _flip(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), p.dims(shape)
+
+
+def _split_sizes(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    first = p.int(1, shape[dim])
+    return p.tensor(shape), [first, shape[dim] - first], dim
+
+
+def _narrow(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    start = p.int(0, shape[dim] - 1)
+    return p.tensor(shape), dim, start, p.int(1, shape[dim] - start)
+
+
+def _along(*before: Any, dtype: torch.dtype = torch.float64, least: int = 1) -> Case:
+    """x, then ``before``, then a dimension."""
+
+    def case(p: Pick) -> Args:
+        shape = p.shape(least)
+        return p.tensor(shape, dtype), *before, p.dim(shape)
+
+    return case
+
+
+def _new(*more: Any) -> Case:
+    return lambda p: (p.tensor(p.shape(0, 2)), p.shape(), *more)
+
+
+# ------------------------------------------------------------------ products
+
+
+def _linear(p: Pick) -> Args:
+    shape, out = p.shape(), p.size()
+    bias = [p.tensor([out])] if p.flag() else []
+    return p.tensor(shape), p.tensor([out, shape[-1]]), *bias
+
+
+def _addmm(p: Pick) -> tuple[Args, dict[str, Any]]:
+    m, k, n = p.size(), p.size(), p.size()
+    bias = p.smaller([m, n])
+    return (p.tensor(bias), p.tensor([m, k]), p.tensor([k, n])), {"beta": p.one(1, 2), "alpha": p.one(1, 3)}
+
+
+def _baddbmm(p: Pick) -> Args:
+    b, m, k, n = p.size(), p.size(), p.size(), p.size()
+    return p.tensor(p.smaller([b, m, n])), p.tensor([b, m, k]), p.tensor([b, k, n])
+
+
+def _bmm(p: Pick) -> Args:
+    return _baddbmm(p)[1:]
+
+
+def _matmul(p: Pick) -> Args:
+    k, batch = p.size(), p.shape(0, 2)
+    left = [k] if p.flag() else [*p.smaller(batch), p.size(), k]
+    right = [k] if p.flag() else [*p.smaller(batch), k, p.size()]
+    return p.tensor(left), p.tensor(right)
+
+
+# ------------------------------------------------------------------ reductions, norms, losses
+
+
+def _dims_keep(kwargs: dict[str, Any] | None = None, empty: bool = True) -> Case:
+    def case(p: Pick) -> tuple[Args, dict[str, Any]]:
+        shape = p.shape()
+        dims = [] if empty and p.int(0, 5) == 0 else p.dims(shape)
+        return (p.tensor(shape), dims), {"keepdim": p.flag(), **(kwargs or {})}
+
+    return case
+
+
+def _dim_keep(dtype: torch.dtype = torch.float64, none: bool = False) -> Case:
+    def case(p: Pick) -> Args:
+        shape = p.shape()
+        return p.tensor(shape, dtype), None if none and p.int(0, 4) == 0 else p.dim(shape), p.flag()
+
+    return case
+
+
+def _norm_dims(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), p.one(1, 2, 3), p.dims(shape), p.flag()
+
+
+def _layer_norm(bias: bool) -> Case:
+    def case(p: Pick) -> Args:
+        shape = p.shape()
+        over = shape[p.int(0, len(shape) - 1) :]
+        weight = p.one(None, p.tensor(over))
+        return p.tensor(shape), over, weight, *([p.one(None, p.tensor(over))] if bias else [])
+
+    return case
+
+
+def _group_norm(p: Pick) -> Args:
+    groups = p.int(1, 3)
+    channels = groups * p.int(1, 3)
+    shape = [p.size(), channels, *p.shape(0, 2)]
+    weights = [p.tensor([channels]), p.tensor([channels])] if p.flag() else []
+    return p.tensor(shape), groups, *weights
+
+
+def _cross_entropy(p: Pick) -> Args:
+    rows, classes, more = p.size(), p.int(2, 6), p.shape(0, 2)
+    logits = p.tensor([rows, classes, *more])
+    weight = p.one(None, p.tensor([classes]).abs())
+    if p.flag():
+        return logits, p.tensor([rows, classes, *more]).softmax(1), weight, NONE, -100, p.one(0.0, 0.1)
+    return logits, p.indices([rows, *more], classes), weight, NONE, p.one(-100, 1), p.one(0.0, 0.1)
+
+
+def _nll(p: Pick) -> Args:
+    rows, classes = p.size(), p.int(2, 6)
+    weight = p.one(None, p.tensor([classes]).abs())
+    return p.tensor([rows, classes]), p.indices([rows], classes), weight, NONE, p.one(-100, 1)
+
+
+def _pair(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), p.tensor(shape), NONE
+
+
+def _bce(p: Pick) -> Args:
+    shape = p.shape()
+    weights = [p.one(None, p.tensor(p.smaller(shape)).abs()) for _ in range(2)]
+    return p.tensor(shape), p.tensor(shape).sigmoid(), *weights, NONE
+
+
+# ------------------------------------------------------------------ indices
+
+
+def _embedding(p: Pick) -> Args:
+    rows = p.size()
+    return p.tensor([rows, p.size()]), p.indices(p.shape(0, 3), rows)
+
+
+def _gather(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    read = list(shape)
+    read[dim] = p.size()
+    if p.int(0, 3) == 0:
+        read = [p.int(1, n) for n in read[: len(shape)]]
+    return p.tensor(shape), dim, p.indices(read, shape[dim])
+
+
+def _scatter(src: bool) -> Case:
+    def case(p: Pick) -> Args:
+        source, dim, index = _gather(p)
+        return source, dim, index, p.tensor(list(index.shape)) if src else 1.5
+
+    return case
+
+
+def _index_select(p: Pick) -> Args:
+    shape = p.shape()
+    dim = p.dim(shape)
+    return p.tensor(shape), dim, p.indices([p.size()], shape[dim])
+
+
+def _index(p: Pick) -> Args:
+    shape, rank = p.shape(), p.shape(0, 2)
+    given = [p.indices(p.smaller(rank), n) if p.flag() else None for n in shape]
+    if not any(g is not None for g in given):
+        given[0] = p.indices(rank, shape[0])
+    return p.tensor(shape), given
+
+
+def _one_hot(p: Pick) -> Args:
+    return p.indices(p.shape(0, 3), 3), p.one(-1, 3, 5)
+
+
+def _attention(p: Pick) -> Args | tuple[Args, dict[str, Any]]:
+    batch, s, t, k, v = p.shape(1, 2), p.size(), p.size(), p.size(), p.size()
+    query, key, value = p.tensor([*batch, s, k]), p.tensor([*batch, t, k]), p.tensor([*batch, t, v])
+    if p.flag():
+        return (query, key, value), {"is_causal": p.flag()}
+    mask = p.tensor([*p.smaller(batch), p.one(1, s), p.one(1, t)])
+    return query, key, value, mask
+
+
+CASES: dict[Any, Case] = {
+    aten.dropout.default: lambda p: (p.tensor(p.shape()), *p.one((0.5, False), (0.0, True))),
+    **dict.fromkeys((aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor), _two(torch.bool)),
+    **dict.fromkeys((aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar), lambda p: (p.tensor(p.shape(), torch.long), 1)),
+    aten._to_copy.default: lambda p: ((p.tensor(p.shape()),), {"dtype": torch.float32}),
+    aten.to.dtype: _one(torch.float32),
+    **dict.fromkeys(
+        (
+            aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
+            aten.lift_fresh_copy.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default,
+            aten.relu6.default, aten.selu.default, aten.celu.default, aten.log_sigmoid.default, aten.square.default,
+        ),
+        _one(),
+    ),
+    aten.copy.default: _copy,
+    **dict.fromkeys((aten.floor_divide.default, aten.true_divide.Tensor, aten.type_as.default), _two()),
+    aten.type_as.default: _copy,
+    aten.floor_divide.Scalar: _one(2.0),
+    aten.where.ScalarOther: _masked(True),
+    aten.where.ScalarSelf: _masked(False),
+    aten.where.Scalar: lambda p: (p.tensor(p.shape(), torch.bool), 1.0, 2.0),
+    aten.full_like.default: _one(3.0),
+    aten.clip.default: _one(-0.5, 0.5),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), _view),
+    aten.flatten.using_ints: _flatten,
+    aten.unflatten.int: _unflatten,
+    aten.squeeze.dim: _along(),
+    aten.squeeze.default: _one(),
+    aten.squeeze.dims: _squeeze_dims,
+    aten.transpose.int: lambda p: (p.tensor(s := p.shape()), p.dim(s), p.dim(s)),
+    aten.t.default: lambda p: (p.tensor(p.shape(1, 2)),),
+    aten.permute.default: _permute,
+    aten.unsqueeze.default: lambda p: (p.tensor(s := p.shape()), p.int(-len(s) - 1, len(s))),
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.unbind.int: _along(),
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
+    aten.flip.default: _flip,
+    **dict.fromkeys((aten.tril.default, aten.triu.default), lambda p: (p.tensor(p.shape(2)), p.int(-1, 1))),
+    aten.split.Tensor: lambda p: (p.tensor(s := p.shape()), p.int(1, 4), p.dim(s)),
+    aten.split_with_sizes.default: _split_sizes,
+    aten.chunk.default: lambda p: (p.tensor(s := p.shape()), p.int(1, 3), p.dim(s)),
+    aten.narrow.default: _narrow,
+    aten.repeat_interleave.self_int: lambda p: (p.tensor(s := p.shape()), p.int(1, 3), p.one(None, p.dim(s))),
+    **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default), _new()),
+    aten.new_full.default: _new(2.5),
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    aten.mm.default: lambda p: (p.tensor([p.size(), k := p.size()]), p.tensor([k, p.size()])),
+    aten.bmm.default: _bmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.matmul.default: _matmul,
+    **dict.fromkeys((aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.var.default), _one()),
+    aten.norm.Scalar: _one(3),
+    **dict.fromkeys(
+        (
+            aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default,
+            aten.var.dim, aten.std.dim,
+        ),
+        _dims_keep(),
+    ),
+    **dict.fromkeys((aten.var.correction, aten.std.correction), _dims_keep({"correction": 0})),
+    aten.linalg_vector_norm.default: lambda p: (p.tensor(s := p.shape()), p.one(1, 2), p.one(None, p.dims(s)), p.flag()),
+    aten.norm.ScalarOpt_dim: _norm_dims,
+    **dict.fromkeys((aten.max.dim, aten.min.dim, aten.prod.dim_int), _dim_keep()),
+    **dict.fromkeys((aten.all.dim, aten.any.dim), _dim_keep(torch.bool)),
+    **dict.fromkeys((aten.argmax.default, aten.argmin.default), _dim_keep(none=True)),
+    **dict.fromkeys(
+        (
+            aten.softmax.int, aten.log_softmax.int, aten.cumsum.default, aten.cumprod.default,
+            aten.logcumsumexp.default, aten.sort.default, aten.argsort.default,
+        ),
+        _along(),
+    ),
+    **dict.fromkeys((aten._softmax.default, aten._log_softmax.default), lambda p: (*_along()(p), False)),
+    aten.topk.default: lambda p: (p.tensor(s := p.shape()), p.int(1, s[d := p.dim(s)]), d),
+    aten.glu.default: lambda p: (p.tensor(s := [2 * n for n in p.shape()]), p.dim(s)),
+    aten.layer_norm.default: _layer_norm(bias=True),
+    aten.rms_norm.default: _layer_norm(bias=False),
+    aten.group_norm.default: _group_norm,
+    aten.cross_entropy_loss.default: _cross_entropy,
+    **dict.fromkeys((aten.nll_loss.default, aten.nll_loss_nd.default), _nll),
+    **dict.fromkeys(
+        (aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.kl_div.default),
+        _pair,
+    ),
+    aten.binary_cross_entropy_with_logits.default: _bce,
+    aten.embedding.default: _embedding,
+    aten.gather.default: _gather,
+    aten.scatter.value: _scatter(src=False),
+    **dict.fromkeys((aten.scatter.src, aten.scatter_add.default), _scatter(src=True)),
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.one_hot.default: _one_hot,
+    aten.scaled_dot_product_attention.default: _attention,
+}  # fmt: skip

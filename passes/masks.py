@@ -32,7 +32,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.editor import Editor
-from mstc.graph.predicates.call import Call, call_of, shape_of, size
+from mstc.graph.predicates.call import Call, Unread, call_of, shape_of, size
 from mstc.graph.predicates.constants import Bands, Ramp, describe
 from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.predicates.reader import Reader
@@ -43,6 +43,7 @@ from mstc.report import Fidelity, Refusal
 aten = torch.ops.aten
 
 Rewrite = Literal["is_causal", "no mask"]
+Known = Callable[[fx.Node], Ramp | Bands | None]
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,34 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[MaskSite | Refusal]:
     known = _known_values(gm, ctx)
     proofs: dict[object, _Proof] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        call = call_of(node)
-        assert call is not None
-        mask = call.get("attn_mask")
-        queries, keys = (shape_of(call.node_arg(n))[-2] for n in (0, 1))
-        if mask is None:
-            causal = bool(call.get("is_causal"))
-            if not causal or queries == keys:
-                fact = MaskFact("causal" if causal else "all_true", causal)
-                ctx.facts.setdefault("masks", {})[node] = fact
-            continue
-        obstacle = _obstacle(call, mask)
-        if obstacle:
-            yield refuse("masks", node, obstacle)
-            continue
-        key = (mask, queries, keys)
-        if key not in proofs:
-            reader = Reader(known)
-            verdict = fact_of(mask, queries, keys, reader)
-            read = sorted((n for n in reader.used if n.op == "placeholder"), key=lambda n: n.name)
-            proofs[key] = _Proof(verdict, tuple(read))
-        yield from _outcome(node, proofs[key], ctx, same_length=bool(queries == keys))
+        try:
+            yield from _look_at(node, known, proofs, ctx)
+        except Unread as unread:
+            yield refuse("masks", node, str(unread))
+
+
+def _look_at(node: fx.Node, known: Known, proofs: dict[object, _Proof], ctx: Context) -> Iterator[MaskSite | Refusal]:
+    """What is known of one call; a mask that several calls share is proven once."""
+    call = call_of(node)
+    assert call is not None
+    mask = call.get("attn_mask")
+    queries, keys = (shape_of(call.node_arg(n))[-2] for n in (0, 1))
+    if mask is None:
+        causal = bool(call.get("is_causal"))
+        if not causal or queries == keys:
+            ctx.facts.setdefault("masks", {})[node] = MaskFact("causal" if causal else "all_true", causal)
+        return
+    obstacle = _obstacle(call, mask)
+    if obstacle:
+        yield refuse("masks", node, obstacle)
+        return
+    key = (mask, queries, keys)
+    if key not in proofs:
+        reader = Reader(known)
+        verdict = fact_of(mask, queries, keys, reader)
+        read = sorted((n for n in reader.used if n.op == "placeholder"), key=lambda n: n.name)
+        proofs[key] = _Proof(verdict, tuple(read))
+    yield from _outcome(node, proofs[key], ctx, same_length=bool(queries == keys))
 
 
 def _outcome(node: fx.Node, proof: _Proof, ctx: Context, *, same_length: bool) -> Iterator[MaskSite | Refusal]:
@@ -189,7 +197,7 @@ def _input_names(nodes: Any) -> str:
 # ------------------------------------------------------------------ values that are known at compile time
 
 
-def _known_values(gm: fx.GraphModule, ctx: Context) -> Callable[[fx.Node], Ramp | Bands | None]:
+def _known_values(gm: fx.GraphModule, ctx: Context) -> Known:
     """What constants and offered buffers hold, each described once."""
     offered = ctx.facts.get("inputs", {})
     described: dict[fx.Node, Ramp | Bands | None] = {}

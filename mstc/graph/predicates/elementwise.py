@@ -56,7 +56,7 @@ def _exact(reader: Reading, arg: object, index: Index, dtype: torch.dtype) -> Va
 def _rounded(reader: Reading, arg: object, index: Index, dtype: torch.dtype) -> Value:
     """A value that the op itself converts to ``dtype``, as a fill does."""
     if isinstance(arg, bool | int | float):
-        return number(torch.tensor(arg).to(torch.float64 if isinstance(arg, float) else None).to(dtype).item())
+        return pointwise.converted(arg, dtype)
     return _exact(reader, arg, index, dtype)
 
 

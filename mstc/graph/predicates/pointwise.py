@@ -71,6 +71,12 @@ def formula(value: Value) -> Formula:
     return value
 
 
+def converted(value: float, dtype: torch.dtype) -> Value:
+    """A Python number after its conversion to ``dtype``."""
+    kind = torch.float64 if isinstance(value, float) else None
+    return number(torch.tensor(value, dtype=kind, device="cpu").to(dtype).item())
+
+
 def cast(value: Value, source: torch.dtype, target: torch.dtype, box: Box) -> Value:
     """The value after a conversion of dtype."""
     return value if source is target else each(lambda v: _cast(v, source, target, box), value)
@@ -79,7 +85,7 @@ def cast(value: Value, source: torch.dtype, target: torch.dtype, box: Box) -> Va
 def _cast(value: Value, source: torch.dtype, target: torch.dtype, box: Box) -> Value:
     known = constant(value)
     if known is not None:
-        return number(torch.tensor(known, dtype=source).to(target).item())
+        return converted(known, target)
     if isinstance(value, FORMULAS):
         return choose(value, sympy.Integer(1), sympy.Integer(0))
     if target is torch.bool:
@@ -231,5 +237,8 @@ def fold(call: Call, values: Mapping[str, Value]) -> Value:
             kwargs[declared.name] = arg
         else:
             args.append(arg)
-    with torch.no_grad():
-        return number(target(*args, **kwargs).item())
+    try:
+        with torch.no_grad():
+            return number(target(*args, **kwargs).item())
+    except RuntimeError as error:  # not every op has a CPU kernel for every dtype
+        raise Unread(str(error)) from error

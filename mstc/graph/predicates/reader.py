@@ -23,6 +23,7 @@ from mstc.graph.predicates.reading import Index, Leaf, Run
 from mstc.graph.predicates.terms import Expr, Holds, Value, number
 
 DEEPEST = 48  # nodes between a mask and its sources; the masks of known models have at most 25
+UNTAGGED = (torch.ops.aten.floor_divide, torch.ops.aten._to_copy)  # elementwise, but torch does not tag them so
 RULES = {**elementwise.RULES, **sources.RULES}
 
 
@@ -96,7 +97,8 @@ class Reader:
     def _structural(self, call: Call, index: Index) -> Value:
         """A leaf that equals every other application of the same elementwise op to the same operands."""
         target: Any = call.node.target
-        if torch.Tag.pointwise not in target.tags or torch.Tag.nondeterministic_seeded in target.tags:
+        elementwise_op = torch.Tag.pointwise in target.tags or call.op in UNTAGGED
+        if not elementwise_op or torch.Tag.nondeterministic_seeded in target.tags:
             raise Unread("not elementwise")
         if dtype_of(call.node).is_floating_point:
             raise Unread("a floating-point value that is only known at run time")

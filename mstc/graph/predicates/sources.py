@@ -66,7 +66,7 @@ def _fill(name: str) -> Rule:
             assert own is not None
             return pointwise.cast(value, own, dtype, reader.box)
         if isinstance(arg, bool | int | float):
-            return _one(arg, dtype)
+            return pointwise.converted(arg, dtype)
         value = size(arg)
         if not reader.box.fits(value, dtype):
             raise Unread("a size does not fit the dtype")
@@ -75,17 +75,12 @@ def _fill(name: str) -> Rule:
     return rule
 
 
-def _one(value: float, dtype: torch.dtype) -> Value:
-    """A number after its conversion to ``dtype``."""
-    return number(torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None).to(dtype).item())
-
-
 def _ones(reader: Reading, call: Call, index: Index) -> Value:
-    return _one(1, dtype_of(call.node))
+    return pointwise.converted(1, dtype_of(call.node))
 
 
 def _zeros(reader: Reading, call: Call, index: Index) -> Value:
-    return _one(0, dtype_of(call.node))
+    return pointwise.converted(0, dtype_of(call.node))
 
 
 def _triangle(lower: bool) -> Rule:
@@ -94,7 +89,7 @@ def _triangle(lower: bool) -> Rule:
     def rule(reader: Reading, call: Call, index: Index) -> Value:
         beyond = index[-1] - index[-2] - size(call.args[1])
         kept = at_most(beyond if lower else -beyond)
-        return choose(kept, reader.value(call.node_arg(0), index), _one(0, dtype_of(call.node)))
+        return choose(kept, reader.value(call.node_arg(0), index), pointwise.converted(0, dtype_of(call.node)))
 
     return rule
 

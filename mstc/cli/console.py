@@ -7,7 +7,7 @@ from rich.table import Table
 
 __all__ = ["make_console", "make_table", "number"]
 
-_PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
+_PLAIN_WIDTH = 140  # columns of a table that goes to a file or a pipe
 
 
 def make_console(*, stderr: bool = False) -> Console:

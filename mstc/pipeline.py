@@ -7,13 +7,16 @@ import torch.fx as fx
 
 from mstc.errors import StrictError
 from mstc.graph.checker import check
+from mstc.graph.describe import describe
 from mstc.graph.editor import Editor
 from mstc.passes.base import Context, Pass
 from mstc.passes.order import PASSES
 from mstc.report import Fidelity, Refusal, Report
 
 
-def run(gm: fx.GraphModule, ctx: Context, report: Report, stages: list[tuple[str, fx.GraphModule]] | None = None) -> None:
+def run(
+    gm: fx.GraphModule, ctx: Context, report: Report, stages: list[tuple[str, fx.GraphModule]] | None = None
+) -> None:
     """Apply every enabled pass to the graph, in place.
 
     stages: where given, it gets ("", copy of the graph before) and (name, copy) after each pass that changed it.
@@ -30,7 +33,7 @@ def run(gm: fx.GraphModule, ctx: Context, report: Report, stages: list[tuple[str
             stages.append((step.name, _copy(gm)))
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)
-    report.regions = list(ctx.infos)
+    report.regions = describe(gm, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
     _hold_to_word(ctx, report)
 
 

@@ -12,7 +12,7 @@ import torch.fx as fx
 from mstc.graph.editor import Editor
 from mstc.graph.provenance import source_of
 from mstc.options import Options
-from mstc.report import Fidelity, Refusal, RegionInfo
+from mstc.report import Fidelity, Refusal
 
 
 Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
@@ -27,14 +27,12 @@ class Context:
     """What a pass may read, and where it may leave facts for later passes and the report.
 
     options: the user's; training: whether gradients are recorded; facts: what one pass proved
-    about a node for others to read (``facts["masks"][node]`` and so on); infos: labels of regions;
-    compile_body: lowers a loop body for fake example inputs.
+    about a node for others to read (``facts["masks"][node]`` and so on); compile_body: lowers a loop body for fake example inputs.
     """
 
     options: Options
     training: bool
     facts: dict[str, dict[fx.Node, Any]] = field(default_factory=dict)
-    infos: list[RegionInfo] = field(default_factory=list)
     plan: list[str] = field(default_factory=list)
     compile_body: Compiler = _no_compiler
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx as fx
 
+from mstc.graph.describe import region_info
 from mstc.graph.editor import Editor
 from mstc.graph.regions import Region
 from mstc.ops.build import Recipe, build
@@ -86,8 +87,18 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     editor.replace_many(pairs, removed, f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks")
     if site.recompute:
         ctx.facts.setdefault("recompute", {})[call] = program.label
-    ctx.facts.setdefault("loops", {})[call] = program
+    ctx.facts.setdefault("loops", {})[call] = replace(
+        region_info(region), label=site.label, chunks=program.count, loop=f"mstc::{program.label}", saved=_saved(program)
+    )
     return program
+
+
+def _saved(program: Program) -> tuple[str, ...]:
+    """What the loop keeps for its backward, as ``dtype[shape]``."""
+    if program.backward is None:
+        return ()
+    values = [program.tokens[i] for i in program.backward.tokens] + [program.outputs[i] for i in program.backward.kept]
+    return tuple(f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for v in values)
 
 
 def _resolve(editor: Editor, region: Region) -> Region:
@@ -105,9 +116,7 @@ def _seed(editor: Editor, total: fx.Node) -> fx.Node:
     aten = torch.ops.aten
     value = total.meta["val"]
     dtype = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
-    seed = editor.call(
-        aten.full.default, ([], 1.0), {"dtype": dtype, "device": value.device}, like=total
-    )
+    seed = editor.call(aten.full.default, ([], 1.0), {"dtype": dtype, "device": value.device}, like=total)
     node = total
     while len(node.users) == 1:
         (user,) = node.users
@@ -123,4 +132,3 @@ def _seed(editor: Editor, total: fx.Node) -> fx.Node:
         seed = editor.call(user.target, (seed, factor), like=user)  # type: ignore[arg-type]
         node = user
     return seed
-

@@ -48,7 +48,11 @@ class LossSite:
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
     for node in gm.graph.nodes:
-        if node.target in _LOSSES and Call(node).arg("reduction", MEAN) in (MEAN, SUM):
+        if node.target not in _LOSSES:
+            continue
+        if any(isinstance(s, torch.SymInt) for i in node.all_input_nodes for s in i.meta["val"].shape):
+            continue  # its loop would be declined: the length is dynamic
+        if Call(node).arg("reduction", MEAN) in (MEAN, SUM):
             if node.args[0].meta["val"].dim() > 1:
                 yield LossSite(node)
     yield from _means(gm)
@@ -64,7 +68,7 @@ def _means(gm: fx.GraphModule) -> Iterator[LossSite]:
     for node in means:
         source = node.args[0]
         for region in regions:
-            if source in region.proofs and not axes.places(node, region.axis):
+            if source in region.proofs and isinstance(region.n, int) and not axes.places(node, region.axis):
                 yield LossSite(node)
                 break
 

@@ -64,9 +64,7 @@ def _parts(region: Region) -> Iterator[str]:
 
 
 def _norms(region: Region) -> Iterator[str]:
-    count = sum(
-        n.target in (aten.layer_norm.default, aten.rms_norm.default, aten.rsqrt.default) for n in region.nodes
-    )
+    count = sum(n.target in (aten.layer_norm.default, aten.rms_norm.default, aten.rsqrt.default) for n in region.nodes)
     if count:
         yield "norms" if count > 1 else "norm"
 
@@ -82,21 +80,32 @@ def _role(heavy: fx.Node, within: set[fx.Node]) -> str:
         return "MLP"
     if any(n.target in _MIXERS for n in before):
         return "output projection"
-    if any(u not in within for n in after | {heavy} for u in n.users):
+    if any(_attends(n) for n in _first(heavy, within, up=False, past_sums=True)):
         return "q/k/v projection"
     return "projection"
 
 
-def _first(start: fx.Node, within: set[fx.Node], up: bool) -> set[fx.Node]:
-    """Nodes between ``start`` and the next matrix product or the region's border (that one node beyond it included)."""
+def _attends(node: fx.Node) -> bool:
+    """Attention, or the product of two activations with which a written-out one begins."""
+    return node.target in _MIXERS or (
+        node.target in (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+        and all(i.op == "call_function" for i in node.all_input_nodes)
+    )
+
+
+def _first(start: fx.Node, within: set[fx.Node], up: bool, past_sums: bool = False) -> set[fx.Node]:
+    """Nodes between ``start`` and the region's next matrix product, or its border (the node beyond it included).
+
+    Residual additions end the walk unless ``past_sums``.
+    """
     found: set[fx.Node] = set()
     stack = list(start.all_input_nodes if up else start.users)
     while stack:
         node = stack.pop()
-        if node in found or is_heavy(node):
+        if node in found or (is_heavy(node) and node in within):
             continue
         found.add(node)
-        if node in within and not _adds(node):
+        if node in within and (past_sums or not _adds(node)):
             stack.extend(node.all_input_nodes if up else node.users)
     return found
 
@@ -112,8 +121,10 @@ def _gates(nodes: set[fx.Node]) -> bool:
         if node.target is not aten.mul.Tensor:
             continue
         inputs = node.all_input_nodes
-        if len(inputs) == 2 and any(i.target in _ACTIVATIONS for i in inputs) and any(
-            _from_product(i) for i in inputs if i.target not in _ACTIVATIONS
+        if (
+            len(inputs) == 2
+            and any(i.target in _ACTIVATIONS for i in inputs)
+            and any(_from_product(i) for i in inputs if i.target not in _ACTIVATIONS)
         ):
             return True
     return False

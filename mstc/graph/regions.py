@@ -118,7 +118,9 @@ def token_axes(graph: fx.Graph, axes: Axes) -> list[Axis]:
     candidates = [a for a, work in flops.items() if work >= 0.02 * total and work > 0]
     sequences = [a for a in candidates if a in mixed] or candidates
     most = max((flops[a] for a in sequences), default=0.0)
-    sequences.sort(key=lambda a: (flops[a] >= 0.9 * most, length[a] if flops[a] >= 0.9 * most else flops[a]), reverse=True)
+    sequences.sort(
+        key=lambda a: (flops[a] >= 0.9 * most, length[a] if flops[a] >= 0.9 * most else flops[a]), reverse=True
+    )
     return sequences
 
 

@@ -125,9 +125,7 @@ def _loop_backward(
         return [*token_grads.values(), *(sums.result(j) for j in _needing(p.shared_needs))]
 
 
-def _incoming(
-    gradient: torch.Tensor | None, value: Value, n: int, start: int, length: int
-) -> torch.Tensor:
+def _incoming(gradient: torch.Tensor | None, value: Value, n: int, start: int, length: int) -> torch.Tensor:
     if gradient is None:
         return torch.zeros(value.chunk(length), dtype=value.dtype, device=value.device)
     return _read(gradient, value, n, start, length)
@@ -170,9 +168,7 @@ def _loop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     if p.backward is None:
         return
     b = p.backward
-    ctx.save_for_backward(
-        *(tokens[i] for i in b.tokens), *(shared[j] for j in b.shared), *(output[i] for i in b.kept)
-    )
+    ctx.save_for_backward(*(tokens[i] for i in b.tokens), *(shared[j] for j in b.shared), *(output[i] for i in b.kept))
 
 
 def _loop_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
@@ -180,9 +176,7 @@ def _loop_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
     b = _backward_of(p)
     saved = ctx.saved_tensors
     a, c = len(b.tokens), len(b.tokens) + len(b.shared)
-    found = iter(
-        torch.ops.mstc.loop_backward(list(grads), list(saved[:a]), list(saved[a:c]), list(saved[c:]), ctx.key)
-    )
+    found = iter(torch.ops.mstc.loop_backward(list(grads), list(saved[:a]), list(saved[a:c]), list(saved[c:]), ctx.key))
     token_grads = [next(found) if need else None for need in p.token_needs]
     shared_grads = [next(found) if need else None for need in p.shared_needs]
     return token_grads, shared_grads, None

@@ -44,9 +44,11 @@ class Cut:
 def order_of(x: torch.Tensor) -> tuple[int, ...]:
     """Dimensions from the slowest to the fastest in memory; ties and broadcast ones in their own order."""
     strides = x.stride()
-    return tuple(sorted(range(x.dim()), key=lambda d: (-int(strides[d]) if x.shape[d] != 1 else 0, d))) if _plain(
-        x
-    ) else tuple(range(x.dim()))
+    return (
+        tuple(sorted(range(x.dim()), key=lambda d: (-int(strides[d]) if x.shape[d] != 1 else 0, d)))
+        if _plain(x)
+        else tuple(range(x.dim()))
+    )
 
 
 def _plain(x: torch.Tensor) -> bool:

@@ -53,15 +53,15 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     Below ``2 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
     nothing that matters: the region stays whole.
     """
+    if not is_static(region):
+        return Chunks(1, "the length is dynamic (a symbol), and loops over dynamic lengths are not built yet")
     n, tokens = hint_n(region), tokens_of(region)
     if isinstance(chunk_tokens, int):
         count = min(-(-tokens // chunk_tokens), n)
         return Chunks(count, f"{chunk_tokens} tokens per chunk as asked")
     total = intermediate_bytes(region)
     if tokens < 4 * FEWEST_TOKENS or total < WORTH:
-        return Chunks(
-            1, f"{tokens} tokens with {total / 2**20:.0f} MiB of intermediates: chunks would not pay"
-        )
+        return Chunks(1, f"{tokens} tokens with {total / 2**20:.0f} MiB of intermediates: chunks would not pay")
     widest = max((nbytes(x) for x in region.nodes), default=0)
     fitting = int(WORKING_SET * tokens / max(widest, 1))
     per_chunk = max(min(fitting, MOST_TOKENS), FEWEST_TOKENS)
@@ -78,5 +78,9 @@ def _even(n: int, count: int) -> int:
     return count
 
 
-def dtype_of(region: Region) -> torch.dtype:
-    return region.nodes[0].meta["val"].dtype  # type: ignore[no-any-return]
+def is_static(region: Region) -> bool:
+    """Whether every size in the region is a number."""
+    values = [n.meta.get("val") for n in (*region.nodes, *region.sums, *region.shared, *(t for t, _ in region.tokens))]
+    return isinstance(region.n, int) and not any(
+        isinstance(s, torch.SymInt) for v in values if isinstance(v, torch.Tensor) for s in (*v.shape, *v.stride())
+    )

@@ -1,0 +1,56 @@
+"""The report's list of what a graph consists of: loops, regions left whole, and mixers, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.axes import Axes
+from mstc.graph.labels import attention_label, region_label
+from mstc.graph.provenance import layer_of, module_of, source_of
+from mstc.graph.regions import Region, find_regions
+from mstc.report import RegionInfo
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def describe(gm: fx.GraphModule, loops: Mapping[fx.Node, RegionInfo], masks: Mapping[fx.Node, Any]) -> list[RegionInfo]:
+    """One record per loop, per region left whole and per attention, in the order of the graph.
+
+    loops: records of the loop nodes; masks: what is known of an attention's mask (its ``kind``).
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    found: list[tuple[int, RegionInfo]] = [(order[n], info) for n, info in loops.items() if n in order]
+    for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION):
+        kind = getattr(masks.get(node), "kind", "")
+        found.append((order[node], _mixer(node, attention_label(node, kind))))
+    for region in find_regions(gm.graph, Axes(gm.graph)):
+        found.append((order[region.nodes[0]], region_info(region)))
+    return [info for _, info in sorted(found, key=lambda pair: pair[0])]
+
+
+def _mixer(node: fx.Node, label: str) -> RegionInfo:
+    tokens = str(node.meta["val"].shape[-2])
+    return RegionInfo("mixer", label, layer_of(node), module_of(node), source_of(node), tokens, ops=1)
+
+
+def region_info(region: Region) -> RegionInfo:
+    """A region that is left whole."""
+    heavy = region.heavy
+    modules = [module_of(n) for n in heavy if module_of(n)]
+    return RegionInfo(
+        "region",
+        region_label(region),
+        _layer(heavy),
+        " .. ".join(dict.fromkeys(modules[:1] + modules[-1:])),
+        source_of(heavy[0]),
+        str(region.n),
+        ops=len(region.nodes) + len(region.sums),
+    )
+
+
+def _layer(heavy: tuple[fx.Node, ...]) -> int | None:
+    return next((layer for n in heavy if (layer := layer_of(n)) is not None), None)

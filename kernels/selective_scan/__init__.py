@@ -1,0 +1,1 @@
+"""Mamba's selective scan: an elementwise state of D channels times N."""

@@ -1,0 +1,240 @@
+"""``mstc::selective_scan``: the op, its fake, autograd, autocast and FLOP formula; and its public function."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mstc.kernels.common.autocast import register_autocast
+from mstc.kernels.common.checks import check_device, check_dtype, check_offsets_form, check_shape, fail
+from mstc.kernels.common.dispatch import triton_form
+from mstc.kernels.common.segments import count_states, state_dtype
+from mstc.kernels.selective_scan import chunked
+from mstc.kernels.selective_scan.reference import step
+
+__all__ = ["selective_scan", "selective_scan_backward", "selective_scan_core"]
+
+
+@torch.library.custom_op("mstc::selective_scan", mutates_args=())
+def selective_scan_core(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final states, kept states)."""
+    kernels = triton_form(x, "selective_scan")
+    if kernels is not None:
+        outputs: tuple[Tensor, Tensor, Tensor] = kernels.forward(x, dt, a, b, c, initial_state, cu_seqlens)
+        return outputs
+    return chunked.run_forward(x, dt, a, b, c, initial_state, cu_seqlens)
+
+
+@selective_scan_core.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, _ = x.shape
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = state_dtype(x.dtype)
+    final = x.new_empty((batch if documents is None else documents, *a.shape), dtype=dtype)
+    kept = x.new_empty((count_states(length, documents), batch, *a.shape), dtype=dtype)
+    return x.new_empty(x.shape), final, kept
+
+
+@torch.library.custom_op("mstc::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    grad_out: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, a, b, c and the initial states."""
+    found: Any
+    kernels = triton_form(x, "selective_scan")
+    if kernels is not None:
+        found = kernels.backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
+    else:
+        found = chunked.run_backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
+    return found  # type: ignore[no-any-return]
+
+
+@selective_scan_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dx, ddt, da, db, dc = (t.new_empty(t.shape) for t in (x, dt, a, b, c))
+    return dx, ddt, da, db, dc, kept.new_empty((states, *a.shape))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, initial_state, cu_seqlens = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.save_for_backward(*tensors, cu_seqlens, output[2])
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    *tensors, cu_seqlens, kept = ctx.saved_tensors
+    grad_out = torch.zeros_like(tensors[0]) if grad_out is None else grad_out
+    *grads, initial = selective_scan_backward(grad_out, grad_final, *tensors, kept, cu_seqlens)
+    state = None if ctx.state_dtype is None else initial.to(ctx.state_dtype)
+    return *grads, state, None
+
+
+selective_scan_core.register_autograd(_backward, setup_context=_setup_context)
+register_autocast(selective_scan_core, "selective_scan", cast=0)
+
+
+@register_flop_formula(torch.ops.mstc.selective_scan)
+def _flops(x: torch.Size, dt: torch.Size, a: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Per token and state element: the decay's product, the recurrence and the output (an exponential counts 1)."""
+    batch, length, channels = x
+    return batch * length * channels * a[-1] * 7
+
+
+@register_flop_formula(torch.ops.mstc.selective_scan_backward)
+def _backward_flops(
+    do: torch.Size, df: Any, x: torch.Size, dt: torch.Size, a: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    """Per token and state element: the states again, their gradient, W and its four sums."""
+    batch, length, channels = x
+    return batch * length * channels * a[-1] * 18
+
+
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba's selective scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t, times silu(z_t).
+
+    x, dt [B, T, D], dt > 0 after its softplus; A [D, N], at most 0; B, C [B, T, N]; D [D]; z [B, T, D];
+    initial_state [B, D, N], or one for each document packed by ``cu_seqlens`` (then B = 1).
+    Returns y [B, T, D], or (y, final state in float32) with ``output_final_state``.
+    """
+    _check(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
+    if cu_seqlens is None and x.shape[1] == 1:
+        y, final = _one_token(x, dt, A, B, C, initial_state)
+    else:
+        y, final, _ = selective_scan_core(x, dt, A, B, C, initial_state, cu_seqlens)
+    if D is not None:
+        y = y + (D * x).to(y.dtype)
+    if z is not None:
+        y = y * torch.nn.functional.silu(z)
+    return (y, final) if output_final_state else y
+
+
+def _one_token(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(x.dtype)
+    before = x.new_zeros(x.shape[0], *a.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    x0, dt0, b0, c0 = (t[:, 0].to(dtype) for t in (x, dt, b, c))
+    state, y = step(x0, dt0, b0, c0, a.to(dtype), before)
+    return y.unsqueeze(1).to(x.dtype), state
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    named = {"x": x, "dt": dt, "A": a, "B": b, "C": c, "D": skip, "z": z, "initial_state": initial_state}
+    check_device("x", {**named, "cu_seqlens": cu_seqlens})
+    for name, tensor in named.items():
+        if tensor is not None:
+            check_dtype(name, tensor)
+    if x.dim() != 3 or x.shape[1] < 1:
+        raise fail("x", f"shape {list(x.shape)}", "[B, T, D] with at least one token")
+    if a.dim() != 2:
+        raise fail("A", f"shape {list(a.shape)}", "[D, N]")
+    batch, length, channels = x.shape
+    columns = a.shape[1]
+    states = batch
+    if cu_seqlens is not None:
+        check_offsets_form(cu_seqlens, batch)
+        states = cu_seqlens.shape[0] - 1
+    wanted = {
+        "dt": (batch, length, channels),
+        "A": (channels, columns),
+        "B": (batch, length, columns),
+        "C": (batch, length, columns),
+        "D": (channels,),
+        "z": (batch, length, channels),
+        "initial_state": (states, channels, columns),
+    }
+    letters = {"dt": "BTD", "A": "DN", "B": "BTN", "C": "BTN", "D": "D", "z": "BTD", "initial_state": "BDN"}
+    for name, shape in wanted.items():
+        tensor = named[name]
+        if tensor is not None:
+            check_shape(name, tensor, list(zip(letters[name], shape, strict=True)))

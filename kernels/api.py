@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mstc.kernels.common.checks import (
+    check_attention_inputs,
     check_device,
     check_dtype,
-    check_head_dim,
     check_offsets_form,
+    check_same_dtype,
     check_shape,
     fail,
 )
@@ -165,7 +166,7 @@ def dplr_attention(
     for name, tensor in (("a", a), ("b", b), ("decay", decay)):
         check_shape(name, tensor, dims)
     for name, tensor in (("a", a), ("b", b)):
-        _check_same_dtype(name, tensor, q)
+        check_same_dtype(name, tensor, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _is_one_token(q, cu_seqlens):
         out, final = dplr_recurrent(q, k, v, a, b, decay, initial_state, scale)
@@ -192,7 +193,7 @@ def _check_common(
     for name, tensor in named.items():
         if tensor is not None:
             check_dtype(name, tensor)
-    _check_inputs(q, k, v)
+    check_attention_inputs(q, k, v)
     batch, _, heads, key = q.shape
     states = batch
     if cu_seqlens is not None:
@@ -200,27 +201,6 @@ def _check_common(
         states = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         check_shape("initial_state", initial_state, [("N", states), ("H", heads), ("K", key), ("V", v.shape[-1])])
-
-
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4:
-        raise fail("q", f"shape {list(q.shape)}", "[B, T, H, K]")
-    batch, length, heads, key = q.shape
-    if length < 1:
-        raise fail("q", f"T={length}", "at least one token")
-    check_head_dim("q", key)
-    check_shape("k", k, [("B", batch), ("T", length), ("H", heads), ("K", key)])
-    if v.dim() != 4:
-        raise fail("v", f"shape {list(v.shape)}", "[B, T, H, V]")
-    check_head_dim("v", v.shape[-1])
-    check_shape("v", v, [("B", batch), ("T", length), ("H", heads), ("V", v.shape[-1])])
-    _check_same_dtype("k", k, q)
-    _check_same_dtype("v", v, q)
-
-
-def _check_same_dtype(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
-        raise fail(name, f"dtype {tensor.dtype}", f"the dtype of q, {q.dtype}, or autocast")
 
 
 def _check_options(q: Tensor, decay: Tensor | None, beta: Tensor | None, bonus: Tensor | None) -> None:

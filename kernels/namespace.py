@@ -19,6 +19,7 @@ NAMES = {
     "dplr_attention": "mstc.kernels.api",
     "linear_attention": "mstc.kernels.api",
     "selective_scan": "mstc.kernels.selective_scan.op",
+    "sliding_window_attention": "mstc.kernels.sliding_window.op",
 }
 
 

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from mstc.errors import MstcError
 
-__all__ = ["MAX_HEAD_DIM", "KernelArgumentError", "check_device", "check_dtype", "check_offsets", "check_shape", "fail"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "KernelArgumentError",
+    "check_attention_inputs",
+    "check_device",
+    "check_dtype",
+    "check_head_dim",
+    "check_offsets",
+    "check_offsets_form",
+    "check_same_dtype",
+    "check_shape",
+    "fail",
+]
 
 MAX_HEAD_DIM = 256
 """Largest K and V: a [K, V] state in float32 must fit the registers and shared memory of one program."""
@@ -54,6 +66,29 @@ def check_head_dim(name: str, size: int) -> None:
     """Raise unless 1 <= size <= MAX_HEAD_DIM."""
     if not 1 <= size <= MAX_HEAD_DIM:
         raise fail(name, f"last dimension {size}", f"1 to {MAX_HEAD_DIM}")
+
+
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q and k are [B, T, H, K] and v is [B, T, H, V], of one dtype (or under autocast)."""
+    if q.dim() != 4:
+        raise fail("q", f"shape {list(q.shape)}", "[B, T, H, K]")
+    batch, length, heads, key = q.shape
+    if length < 1:
+        raise fail("q", f"T={length}", "at least one token")
+    check_head_dim("q", key)
+    check_shape("k", k, [("B", batch), ("T", length), ("H", heads), ("K", key)])
+    if v.dim() != 4:
+        raise fail("v", f"shape {list(v.shape)}", "[B, T, H, V]")
+    check_head_dim("v", v.shape[-1])
+    check_shape("v", v, [("B", batch), ("T", length), ("H", heads), ("V", v.shape[-1])])
+    check_same_dtype("k", k, q)
+    check_same_dtype("v", v, q)
+
+
+def check_same_dtype(name: str, tensor: Tensor, q: Tensor) -> None:
+    """Raise unless the dtype is that of q; autocast brings them to one."""
+    if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        raise fail(name, f"dtype {tensor.dtype}", f"the dtype of q, {q.dtype}, or autocast")
 
 
 def check_offsets_form(cu_seqlens: Tensor, batch: int) -> None:

@@ -82,7 +82,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     else:
         call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, program.key), like=like)
         results = [*(n for n, _ in region.outputs), *region.sums]
-    pairs = [(old, editor.getitem(call, i, like=like)) for i, old in enumerate(results)]
+    pairs = [(old, _result(editor, call, i, old)) for i, old in enumerate(results)]
     removed = [n.name for n in (*region.nodes, *region.sums)]
     editor.replace_many(pairs, removed, f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks")
     if site.recompute:
@@ -91,6 +91,16 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         region_info(region), label=site.label, chunks=program.count, loop=f"mstc::{program.label}", saved=_saved(program)
     )
     return program
+
+
+def _result(editor: Editor, call: fx.Node, index: int, old: fx.Node) -> fx.Node:
+    """One result of the loop; one that has no gradient is cut off, since the op as a whole has."""
+    new = editor.getitem(call, index, like=old)
+    if old.meta.get("needs_grad") or not new.meta["needs_grad"]:
+        return new
+    cut = editor.call(torch.ops.aten.detach.default, (new,), like=old, before=new.next)
+    cut.meta["needs_grad"] = False
+    return cut
 
 
 def _saved(program: Program) -> tuple[str, ...]:

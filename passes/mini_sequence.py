@@ -30,7 +30,9 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
     for region in regions:
         chunks = choose(region, ctx.options.mini_sequence.chunk_tokens)
         if chunks.count == 1:
-            yield refuse("mini_sequence", region.heavy[-1], chunks.reason, "a longer sequence, or a smaller chunk_tokens")
+            yield refuse(
+                "mini_sequence", region.heavy[-1], chunks.reason, "a longer sequence, or a smaller chunk_tokens"
+            )
             continue
         for part in _parts(axes, region, regions, ctx):
             kept = tuple(not part.recompute and read_by_loop(n, regions, region) for n, _ in part.region.outputs)

@@ -7,12 +7,14 @@ from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.masks import MASKS
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.recompute import RECOMPUTE
+from mstc.passes.shift import SHIFT
 from mstc.passes.token_losses import TOKEN_LOSSES
 from mstc.passes.unused_outputs import UNUSED_OUTPUTS
 
 PASSES: tuple[Pass, ...] = (
     UNUSED_OUTPUTS,  # first, so that nothing is kept for an output that nobody reads
     MASKS,
+    SHIFT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop
     MINI_SEQUENCE,

@@ -35,6 +35,7 @@ _LOSSES = (
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
     aten.binary_cross_entropy_with_logits.default,
+    aten.kl_div.default,
 )
 _CLASSIFYING = _LOSSES[:3]
 
@@ -109,9 +110,9 @@ def _loss_as_sum(editor: Editor, node: fx.Node) -> fx.Node:
 
 def _per_token(editor: Editor, call: Call) -> fx.Node:
     """The same loss with reduction "none"."""
-    names = [a.name for a in call.target._schema.arguments]
-    args = [0 if name == "reduction" else call.arg(name) for name in names]
-    return editor.call(call.target, tuple(args), like=call.node)
+    given = [(a, 0 if a.name == "reduction" else call.arg(a.name)) for a in call.target._schema.arguments]
+    args = tuple(value for a, value in given if not a.kwarg_only)
+    return editor.call(call.target, args, {a.name: value for a, value in given if a.kwarg_only}, like=call.node)
 
 
 def _divide(editor: Editor, call: Call, total: fx.Node, each: fx.Node) -> fx.Node:

@@ -92,36 +92,32 @@ def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node]) -> 
 def token_axes(graph: fx.Graph, axes: Axes) -> list[Axis]:
     """Axes worth cutting, best first.
 
-    An axis that something else than sums and products with weights mixes is a sequence, or features;
-    where there is one, a batch, which nothing mixes, is left alone. Products with weights tell
-    tokens from features: all of them are tokenwise along the tokens, few along one axis of features.
-    So the axes that have nearly the most of those FLOPs come first, the longest one before the others.
+    Products with weights tell tokens from features: all of them are tokenwise along the tokens, few
+    along one axis of features. Where attention, a scan or an unknown op mixes axes, those are the
+    sequences, and a batch, which nothing mixes, is left alone. Axes with nearly the most of those
+    FLOPs come first, the longest one before the others.
     """
     flops: dict[Axis, float] = {}
-    mixed: set[Axis] = set()
+    sequences: set[Axis] = set()
     length: dict[Axis, float] = {}
-    total = 0.0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         work = _weight_flops(node)
-        total += work
         for axis in {a for operand in operands_of(node) for a in axes.of(operand)}:
             proof = axes.tokenwise(node, axis)
             if isinstance(proof, Tokenwise):
                 flops[axis] = flops.get(axis, 0) + work
                 length[axis] = float(_hint(proof.place.n))
-            elif not proof.sums and not is_heavy(node):
-                mixed.add(axis)
-            elif is_heavy(node) and not _has_weight(node):
-                mixed.add(axis)
-    candidates = [a for a, work in flops.items() if work >= 0.02 * total and work > 0]
-    sequences = [a for a in candidates if a in mixed] or candidates
-    most = max((flops[a] for a in sequences), default=0.0)
-    sequences.sort(
-        key=lambda a: (flops[a] >= 0.9 * most, length[a] if flops[a] >= 0.9 * most else flops[a]), reverse=True
-    )
-    return sequences
+            elif _mixes_like_a_sequence(node, axis, axes):
+                sequences.add(axis)
+    total = sum(map(_weight_flops, graph.nodes))
+    found = [a for a, work in flops.items() if a in sequences and work >= 0.1 * total]
+    most = max((flops[a] for a in found or flops), default=0.0)
+    if not found:
+        found = [a for a, work in flops.items() if work >= 0.9 * most]
+    nearly = {a for a in found if flops[a] >= 0.9 * most > 0}
+    return sorted((a for a in found if flops[a] > 0), key=lambda a: (a in nearly, length[a] if a in nearly else flops[a]), reverse=True)
 
 
 def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
@@ -214,6 +210,15 @@ def _components(graph: fx.Graph, proofs: Mapping[fx.Node, Tokenwise]) -> list[se
 
 def _may_enter(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target not in _LEFT_OUT and not has_order(node)
+
+
+def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes) -> bool:
+    """Whether the node ties indices of the axis together as attention and scans do, not as norms and weights do."""
+    if node.target is aten.scaled_dot_product_attention.default or axes.flow(node) is None:
+        return True
+    if len(axes.places(node, axis)) > 1:
+        return True
+    return is_heavy(node) and not _has_weight(node)
 
 
 def _has_weight(node: fx.Node) -> bool:

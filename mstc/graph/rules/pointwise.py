@@ -49,6 +49,7 @@ POINTWISE_RULES: dict[object, Rule] = {
             aten._to_copy.default,
             aten.to.dtype,
             aten.alias.default,
+            aten.broadcast_tensors.default,
             aten.clone.default,
             aten.contiguous.default,
             aten.copy.default,

@@ -57,7 +57,7 @@ def group_norm(call: Call) -> Flow | None:
 def cross_entropy(call: Call) -> Flow | None:
     """Per-token losses (reduction none): classes stand in dim 1, or in dim 0 of a single token."""
     if call.arg("reduction") != 0:
-        return None
+        return _all_mixed(call)
     rank = len(call.shape(0))
     if rank < 2:
         return None
@@ -67,15 +67,22 @@ def cross_entropy(call: Call) -> Flow | None:
 
 
 def nll_loss(call: Call) -> Flow | None:
-    if call.arg("reduction") != 0 or len(call.shape(0)) != 2:
+    if call.arg("reduction") != 0:
+        return _all_mixed(call)
+    if len(call.shape(0)) != 2:
         return None
     return call.flow((0, MIXED), (0,), *((MIXED,) for _ in call.operands[2:]))
+
+
+def _all_mixed(call: Call) -> Flow:
+    """A loss that reduces over everything; `mstc.passes.token_losses` writes it as a sum."""
+    return call.flow(*(tuple(MIXED for _ in s) for s in call.shapes))
 
 
 def pair_loss(call: Call) -> Flow | None:
     """Losses of one element each (reduction none): pointwise."""
     if call.arg("reduction") != 0:
-        return None
+        return _all_mixed(call)
     rank = len(call.result)
     return call.flow(*(tuple(d + rank - len(s) for d in range(len(s))) for s in call.shapes))
 

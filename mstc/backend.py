@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from mstc.graph.normal_form import NotNormalError, normalize
+from mstc.assume import guarded, offered_buffers
+from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
 from mstc.lower import body_compiler, lower, mode_settings
 from mstc.ops import loop, program
 from mstc.options import Options, parse_options
 from mstc.passes.base import Context
 from mstc.passes.loops import has_loops
-from mstc.pipeline import run
+from mstc.pipeline import hold_to_word, run
 from mstc.report import Refusal, Report, record
 from mstc.verify import verifying
 
@@ -37,35 +38,48 @@ def mstc(
     chosen = parse_options(options)
     started = time.perf_counter()
     report = Report(options=chosen.to_dict(), versions={"torch": torch.__version__})
-    stages: list[tuple[str, fx.GraphModule]] | None = [] if chosen.verify else None
-    rewritten = _rewrite(gm, inputs, chosen, report, stages)
-    dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
-    settings = mode_settings(mode, has_loops(rewritten), report)
-    compiled = lower(rewritten, inputs, chosen.lower, settings)
-    report.timings["total"] = time.perf_counter() - started
-    record(report)
-    return verifying(compiled, stages, dropped) if stages else compiled
-
-
-def _rewrite(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    options: Options,
-    report: Report,
-    stages: list[tuple[str, fx.GraphModule]] | None,
-) -> fx.GraphModule:
-    """The graph after all passes, or the graph as it came where it has no normal form."""
-    started = time.perf_counter()
     try:
         form = normalize(gm, inputs)
     except NotNormalError as e:
         report.refusals.append(Refusal("normal_form", e.node, e.source, e.reason, e.remedy))
-        return gm
+        hold_to_word(chosen, report)
+        form = None
     report.timings["normal_form"] = time.perf_counter() - started
+    compiled = _plain(gm, inputs, chosen, mode) if form is None else _rewritten(gm, form, inputs, chosen, mode, report)
+    report.timings["total"] = time.perf_counter() - started
+    record(report)
+    return compiled
+
+
+def _plain(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    """The graph as it came."""
+    return lower(gm, inputs, options.lower, mode_settings(mode))
+
+
+def _rewritten(
+    original: fx.GraphModule,
+    form: NormalForm,
+    inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    report: Report,
+) -> Callable[..., Any]:
+    """The graph after all passes, compiled, with the checks that the passes and the options ask for."""
+    stages: list[tuple[str, fx.GraphModule]] | None = [] if options.verify else None
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
-    ctx.facts["inputs"] = dict(zip(form.gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
     run(form.gm, ctx, report, stages)
-    return form.gm
+    settings = mode_settings(mode, report if has_loops(form.gm) else None)
+    compiled = lower(form.gm, inputs, options.lower, settings)
+    if stages:
+        dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
+        compiled = verifying(compiled, stages, dropped)
+    assumed = ctx.facts.get("assumed", {})
+    if assumed:
+        positions = {n: i for i, n in enumerate(form.gm.graph.find_nodes(op="placeholder"))}
+        checks = {positions[n]: a for n, a in assumed.items()}
+        compiled = guarded(compiled, checks, lambda given: _plain(original, given, options, mode))
+    return compiled
 
 
 mstc.reset = program.clear  # type: ignore[attr-defined]

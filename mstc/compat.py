@@ -37,6 +37,7 @@ __all__ = [
     "fake_mode_of_values",
     "is_autocast_switch",
     "is_checkpoint",
+    "is_buffer",
     "is_grad_mode_switch",
     "is_transform_switch",
     "isolated_tracing",
@@ -76,6 +77,13 @@ def is_transform_switch(node: fx.Node) -> bool:
 def is_checkpoint(target: object) -> bool:
     """The higher-order op into which Dynamo turns ``torch.utils.checkpoint``."""
     return isinstance(target, TagActivationCheckpoint)
+
+
+def is_buffer(node: fx.Node) -> bool:
+    """Whether Dynamo took this input from a module's buffers (it keeps the input's source on the node)."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return "_buffers[" in (name() if callable(name) else str(name))
 
 
 def fake_mode_of(values: Sequence[object]) -> FakeTensorMode:

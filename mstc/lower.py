@@ -26,13 +26,16 @@ def lower(
     return compiled
 
 
-def mode_settings(mode: str | None, has_loops: bool, report: Report) -> dict[str, Any]:
-    """Inductor's settings for a ``mode`` of ``torch.compile``; a graph with loops gets no CUDA graph."""
+def mode_settings(mode: str | None, looping: Report | None = None) -> dict[str, Any]:
+    """Inductor's settings for a ``mode`` of ``torch.compile``; a graph with loops gets no CUDA graph.
+
+    looping: the report of a graph with loops, which gets a refusal where CUDA graphs were asked for.
+    """
     if mode in (None, "default"):
         return {}
     settings = compat.mode_settings(mode)
-    if has_loops and settings.pop("triton.cudagraphs", False):
-        report.refusals.append(
+    if looping is not None and settings.pop("triton.cudagraphs", False):
+        looping.refusals.append(
             Refusal(
                 "lower",
                 "",

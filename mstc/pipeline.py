@@ -9,6 +9,7 @@ from mstc.errors import StrictError
 from mstc.graph.checker import check
 from mstc.graph.describe import describe
 from mstc.graph.editor import Editor
+from mstc.options import Options
 from mstc.passes.base import Context, Pass
 from mstc.passes.order import PASSES
 from mstc.report import Fidelity, Refusal, Report
@@ -34,7 +35,7 @@ def run(
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)
     report.regions = describe(gm, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
-    _hold_to_word(ctx, report)
+    hold_to_word(ctx.options, report)
 
 
 def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> bool:
@@ -65,13 +66,14 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _hold_to_word(ctx: Context, report: Report) -> None:
-    if not ctx.options.strict:
+def hold_to_word(options: Options, report: Report) -> None:
+    """Raise `StrictError` where ``strict`` is set and a pass that was asked for changed nothing."""
+    if not options.strict:
         return
-    for name in sorted(ctx.options.asked):
+    for name in sorted(options.asked):
         if any(edit.pass_name == name for edit in report.edits):
             continue
-        reasons = "; ".join(f"{r.node}: {r.reason}" for r in report.refusals if r.pass_name == name)
+        reasons = "; ".join(f"{r.node}: {r.reason}" for r in report.refusals if r.pass_name in (name, "normal_form"))
         raise StrictError(
             f"options['strict'] is set and options[{name!r}] was asked for, but it changed nothing in this graph"
             + (f" ({reasons})" if reasons else " (it found no candidate)")

@@ -53,7 +53,8 @@ def compare() -> Callable[..., None]:
         exact = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
         with torch.no_grad():
             shapes = [o.shape for o in reference(**exact)]
-        weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        device = next(iter(inputs.values())).device
+        weights = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
         dtype = next(iter(inputs.values())).dtype
         # The incoming gradient of an output is rounded to the output's dtype: give both sides the rounded one.
         weights[0] = weights[0].to(dtype).double()

@@ -1,0 +1,129 @@
+"""Every Triton kernel, compiled ahead of time for its targets; needs no GPU.
+
+``compile_all`` gives one row per kernel, dtype and target: shared memory as the compiler reports it
+and, for NVIDIA targets, registers and spills as cuobjdump reports them. A kernel that needs more shared
+memory than its target has, does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["KERNELS", "SHARED_LIMIT", "TARGETS", "Row", "compile_all", "to_text"]
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+KIB = 1024
+SHARED_LIMIT = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "gfx942": 64 * KIB}
+"""Shared memory of one program: 99 KiB is what every sm_8x part has (sm_80 itself 163), 227 KiB Hopper's,
+64 KiB the LDS of gfx942."""
+
+TILES = {"H": 4, "K": 128, "V": 128, "BT": 64}
+TYPES = {"bf16": 64, "fp32": 32}
+"""Input dtype and the tile width that the launchers give it."""
+
+KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "states": ("scalar_decay", ("x", "y", "g:fp32", "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
+    "states (reverse)": (
+        "scalar_decay",
+        ("x", "y", "g:fp32", "s:fp32", "h", "s:fp32", "i", "i", "i", "f"),
+        {"REVERSE": True},
+    ),
+    "output": ("scalar_decay", ("q", "k", "v", "g:fp32", "h", "o", "i", "i", "f"), {}),
+    "gradients": (
+        "scalar_decay",
+        ("q", "k", "v", "g:fp32", "do", "h", "dh", "dq", "dk", "dv", "dg:fp32", "i", "i", "f"),
+        {},
+    ),
+}
+"""Name -> (class, arguments in order, further constants). An argument is a pointer of the input's dtype, or
+of the dtype after the colon; i is a pointer to int64, f a float."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel needs on one target; None where the target's tools do not say."""
+
+    kernel: str
+    dtype: str
+    target: str
+    shared: int
+    registers: int | None
+    spills: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= SHARED_LIMIT[self.target]
+
+
+def compile_all() -> Iterator[Row]:
+    """Compile each kernel for each dtype and target."""
+    for name in KERNELS:
+        for dtype in TYPES:
+            for target in TARGETS:
+                yield compile_one(name, dtype, target)
+
+
+def compile_one(name: str, dtype: str, target: str) -> Row:
+    """Compile kernel ``name`` with decay and state, K = V = 128."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    folder, arguments, constants = KERNELS[name]
+    module = import_module(f"mstc.kernels.{folder}.triton")
+    function = getattr(module, name.split()[0] + "_kernel")
+    given = {**TILES, "BK": TYPES[dtype], "BV": TYPES[dtype], "HAS_G": True, "HAS_STATE": True, **constants}
+    constexprs = {n: given[n] for n in function.arg_names if n in given}
+    plain = [n for n in function.arg_names if n not in given]
+    signature = {n: _type_of(a, dtype) for n, a in zip(plain, arguments, strict=True)}
+    source = ASTSource(function, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs)
+    compiled = triton.compile(
+        source, target=GPUTarget(*TARGETS[target]), options={"num_warps": module.WARPS[name.split()[0]]}
+    )
+    registers, spills = _resources(compiled.asm.get("cubin"))
+    return Row(f"{folder} {name}", dtype, target, compiled.metadata.shared, registers, spills)
+
+
+def _type_of(argument: str, dtype: str) -> str:
+    if argument in ("i", "f"):
+        return {"i": "*i64", "f": "fp32"}[argument]
+    return "*" + (argument.partition(":")[2] or dtype)
+
+
+def _resources(cubin: bytes | None) -> tuple[int | None, int | None]:
+    """(registers, bytes of stack) of a program's binary; a Triton kernel uses its stack for spilled registers only."""
+    if cubin is None:
+        return None, None
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        said = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def to_text(rows: list[Row]) -> str:
+    """A table of the rows."""
+    lines = [f"{'kernel':34}{'dtype':7}{'target':8}{'shared KiB':>11}{'registers':>11}{'spills B':>10}  fits"]
+    for row in rows:
+        registers, spills = ("-" if n is None else str(n) for n in (row.registers, row.spills))
+        shared = f"{row.shared / KIB:.1f}"
+        lines.append(
+            f"{row.kernel:34}{row.dtype:7}{row.target:8}{shared:>11}{registers:>11}{spills:>10}  "
+            + ("yes" if row.fits else "NO")
+        )
+    return "\n".join(lines)

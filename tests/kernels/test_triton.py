@@ -1,0 +1,124 @@
+"""The Triton kernels: in Triton's interpreter on a CPU, natively on a GPU, and compiled for their targets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+NATIVE = torch.cuda.is_available()
+DEVICE = "cuda" if NATIVE else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+Compare = Callable[..., None]
+needs_a_way_to_run = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="needs TRITON_INTERPRET=1 or a GPU")
+
+
+def test_in_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so the tests below run in a process of their own."""
+    if NATIVE or INTERPRETED:
+        pytest.skip("this process runs the kernels itself")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def scalar_form(**given: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels as a differentiable form, on whatever device the tensors are."""
+    from mstc.kernels.scalar_decay import triton as kernels
+
+    offsets = given.pop("cu_seqlens", None)
+    decay = given.get("decay")
+
+    class Form(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, decay, state):  # type: ignore[no-untyped-def]
+            out, final, kept = kernels.forward(q, k, v, decay, state, offsets, q.shape[-1] ** -0.5)
+            ctx.save_for_backward(q, k, v, decay, kept)
+            return out, final
+
+        @staticmethod
+        def backward(ctx, do, df):  # type: ignore[no-untyped-def]
+            q, k, v, decay, kept = ctx.saved_tensors
+            grads = kernels.backward(do, df, q, k, v, decay, kept, offsets, q.shape[-1] ** -0.5)
+            return *grads[:3], None if decay is None else grads[3], grads[4]
+
+    return Form.apply(given["q"], given["k"], given["v"], decay, given["initial_state"])  # type: ignore[no-any-return]
+
+
+def make(
+    length: int, decay: str, dtype: torch.dtype, batch: int = 1, key: int = 20, value: int = 33
+) -> dict[str, Tensor]:
+    heads = 2
+    inputs = {n: torch.randn(batch, length, heads, w).to(dtype) for n, w in (("q", key), ("k", key), ("v", value))}
+    if decay != "none":
+        shape = (batch, length, heads)
+        mixed = torch.tensor([0.0, -20.0, -0.1])[torch.randint(3, shape)]
+        inputs["decay"] = mixed if decay == "extreme" else -torch.rand(shape)
+    inputs["initial_state"] = torch.randn(batch, heads, key, value)
+    return {n: t.to(DEVICE) for n, t in inputs.items()}
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    from mstc.kernels.scalar_decay.reference import reference
+
+    return reference(q, k, v, decay, initial_state, q.shape[-1] ** -0.5)
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("decay", ["none", "token", "extreme"])
+@pytest.mark.parametrize(
+    "length", [1, 65, pytest.param(15, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
+)
+def test_scalar_decay(length: int, decay: str, compare: Compare) -> None:
+    compare(scalar_form, exact, make(length, decay, torch.float32))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("decay", ["none", "token"])
+def test_scalar_decay_in_half_precision(decay: str, compare: Compare) -> None:
+    """float16: the interpreter multiplies bfloat16 as the integers that hold it, so that is for a GPU."""
+    compare(scalar_form, exact, make(65, decay, torch.bfloat16 if NATIVE else torch.float16))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(("key", "value"), [(1, 1), (100, 8), pytest.param(256, 256, marks=pytest.mark.slow)])
+def test_scalar_decay_widths(key: int, value: int, compare: Compare) -> None:
+    compare(scalar_form, exact, make(20, "token", torch.float32, key=key, value=value))
+
+
+@needs_a_way_to_run
+def test_scalar_decay_of_packed_documents(compare: Compare) -> None:
+    from mstc.kernels.api import linear_attention
+
+    offsets = torch.tensor([0, 5, 5, 69, 75], device=DEVICE)
+    inputs = make(75, "token", torch.float32)
+    inputs["initial_state"] = torch.randn(4, *inputs["initial_state"].shape[1:], device=DEVICE)
+    wanted = lambda **i: linear_attention(**i, output_final_state=True, cu_seqlens=offsets)  # noqa: E731
+    compare(lambda **i: scalar_form(**i, cu_seqlens=offsets), wanted, inputs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("name", ["states", "output", "gradients"])
+def test_compiles_ahead_of_time(name: str) -> None:
+    from mstc.kernels.aot import compile_one
+
+    row = compile_one(name, "bf16", "sm_90")
+    assert row.fits, row
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+def test_every_kernel_fits_every_target() -> None:
+    from mstc.kernels.aot import compile_all, to_text
+
+    rows = list(compile_all())
+    assert all(row.fits for row in rows), "\n" + to_text(rows)

@@ -127,7 +127,7 @@ def _loop_backward(
 
 def _incoming(gradient: torch.Tensor | None, value: Value, n: int, start: int, length: int) -> torch.Tensor:
     if gradient is None:
-        return torch.zeros(value.chunk(length), dtype=value.dtype, device=value.device)
+        return empty(value.chunk(length), value.order, value.dtype, value.device).zero_()
     return _read(gradient, value, n, start, length)
 
 

@@ -30,7 +30,9 @@ def offered_buffers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, 
 
 
 def guarded(
-    compiled: Callable[..., Any], assumed: Mapping[int, Assumption], compile_plain: Callable[[Sequence[Any]], Callable[..., Any]]
+    compiled: Callable[..., Any],
+    assumed: Mapping[int, Assumption],
+    compile_plain: Callable[[Sequence[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """``compiled`` while every assumption holds, else the graph as it was written, compiled when first needed.
 

@@ -15,10 +15,10 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch._dynamo.backends.registry import lookup_backend
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -36,8 +36,8 @@ __all__ = [
     "fake_mode_of",
     "fake_mode_of_values",
     "is_autocast_switch",
-    "is_checkpoint",
     "is_buffer",
+    "is_checkpoint",
     "is_grad_mode_switch",
     "is_transform_switch",
     "isolated_tracing",
@@ -45,8 +45,8 @@ __all__ = [
     "mode_settings",
     "trace_flat",
     "trace_functional",
-    "without_cudagraphs",
     "tree_leaves",
+    "without_cudagraphs",
 ]
 
 SUPPORTED_TORCH = ((2, 11), (2, 13))
@@ -109,7 +109,7 @@ def fake_inputs(placeholders: Sequence[fx.Node], inputs: Sequence[Any], mode: Fa
         if isinstance(value, FakeTensor) and value.fake_mode is mode:
             fakes.append(value)
         elif isinstance(value, torch.Tensor):
-            symbolic = context.tensor_to_context.get(value) if context is not None else None
+            symbolic = context.tensor_to_context.get(value) if context is not None else None  # type: ignore[no-untyped-call]
             source = symbolic.tensor_source if symbolic is not None else None
             fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
         else:
@@ -163,7 +163,7 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
     def unwrap(value: Any) -> Any:
         if not isinstance(value, FunctionalTensor):
             return value
-        torch._sync(value)
+        torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
         return torch._from_functional_tensor(value.elem)
 
     def run(*args: Any) -> Any:
@@ -175,7 +175,7 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
                     continue
                 if torch._functionalize_has_metadata_mutation(value.elem):
                     retyped.append(i)
-                elif torch._functionalize_has_data_mutation(value.elem):
+                elif torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
                     mutated.append(i)
             written = [unwrap(wrapped[i]) for i in mutated]
             return [*pytree.tree_map(unwrap, pytree.tree_leaves(out)), *written]

@@ -50,8 +50,8 @@ def verify(stages: Sequence[tuple[str, fx.GraphModule]], inputs: Sequence[Any], 
             error = _error(a, b)
             if not error <= bound:
                 raise VerificationError(
-                    f"pass {name} changed {what} {index}: relative error {error:.3g}, where rounding explains {bound:.0e}; "
-                    f"switch it off with options={{{name!r}: False}} and report the model"
+                    f"pass {name} changed {what} {index}: relative error {error:.3g}, where rounding explains "
+                    f"{bound:.0e}; switch it off with options={{{name!r}: False}} and report the model"
                 )
         before = after
     torch.random.set_rng_state(state)
@@ -101,7 +101,7 @@ def _error(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
         return float("inf")
     x, y = x.nan_to_num(), y.nan_to_num()
     scale = max(x.norm().item(), torch.finfo(a.dtype).eps * x.numel() ** 0.5)
-    return (x - y).norm().item() / scale
+    return float((x - y).norm().item() / scale)
 
 
 def _bound(gm: fx.GraphModule) -> float:

@@ -14,7 +14,6 @@ from mstc.graph.provenance import source_of
 from mstc.options import Options
 from mstc.report import Fidelity, Refusal
 
-
 Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
 
 
@@ -27,7 +26,8 @@ class Context:
     """What a pass may read, and where it may leave facts for later passes and the report.
 
     options: the user's; training: whether gradients are recorded; facts: what one pass proved
-    about a node for others to read (``facts["masks"][node]`` and so on); compile_body: lowers a loop body for fake example inputs.
+    about a node for others to read (``facts["masks"][node]`` and so on);
+    compile_body: lowers a loop body for fake example inputs.
     """
 
     options: Options

@@ -88,7 +88,11 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     if site.recompute:
         ctx.facts.setdefault("recompute", {})[call] = program.label
     ctx.facts.setdefault("loops", {})[call] = replace(
-        region_info(region), label=site.label, chunks=program.count, loop=f"mstc::{program.label}", saved=_saved(program)
+        region_info(region),
+        label=site.label,
+        chunks=program.count,
+        loop=f"mstc::{program.label}",
+        saved=_saved(program),
     )
     return program
 
@@ -139,6 +143,6 @@ def _seed(editor: Editor, total: fx.Node) -> fx.Node:
             break
         if isinstance(factor, fx.Node) and (factor.meta.get("needs_grad") or factor.meta["val"].dim() != 0):
             break
-        seed = editor.call(user.target, (seed, factor), like=user)  # type: ignore[arg-type]
+        seed = editor.call(user.target, (seed, factor), like=user)
         node = user
     return seed

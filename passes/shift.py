@@ -99,11 +99,9 @@ def apply(editor: Editor, site: ShiftSite, ctx: Context) -> None:
         values[slot] = editor.resolve(node)
     calls = [n for n in body.graph.nodes if n.op == "call_function"]
     for old, new in zip(site.head.nodes, calls, strict=True):
-        args = fx.node.map_arg(new.args, lambda n: values[n])
-        kwargs = fx.node.map_arg(new.kwargs, lambda n: values[n])
-        values[new] = editor.call(new.target, args, kwargs, like=old, before=site.cut)  # type: ignore[arg-type]
-    (result,) = body.graph.output_node().args[0]  # type: ignore[misc]
-    editor.replace(site.cut, values[result], f"the slice of {site.length} tokens moves before the head")
+        args, kwargs = fx.node.map_arg((new.args, dict(new.kwargs)), values.__getitem__)
+        values[new] = editor.call(new.target, args, kwargs, like=old, before=site.cut)
+    editor.replace(site.cut, values[calls[-1]], f"the slice of {site.length} tokens moves before the head")
 
 
 SHIFT = Pass("shift", "lm_head", Fidelity.ROUNDING, find, apply)

@@ -53,9 +53,8 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
             continue
         if any(isinstance(s, torch.SymInt) for i in node.all_input_nodes for s in i.meta["val"].shape):
             continue  # its loop would be declined: the length is dynamic
-        if Call(node).arg("reduction", MEAN) in (MEAN, SUM):
-            if node.args[0].meta["val"].dim() > 1:
-                yield LossSite(node)
+        if Call(node).arg("reduction", MEAN) in (MEAN, SUM) and node.args[0].meta["val"].dim() > 1:
+            yield LossSite(node)
     yield from _means(gm)
 
 

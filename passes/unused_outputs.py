@@ -33,7 +33,8 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[UnusedSite]:
         position = wanted if isinstance(wanted, int) else _by_name(outputs, wanted)
         if not -len(outputs) <= position < len(outputs):
             raise OptionError(
-                f"options['unused_outputs'] holds {wanted}, but this graph has {len(outputs)} outputs: {_names(outputs)}"
+                f"options['unused_outputs'] holds {wanted}, but this graph has {len(outputs)} outputs: "
+                f"{_names(outputs)}"
             )
         node = outputs[position]
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):

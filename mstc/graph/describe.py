@@ -24,11 +24,11 @@ def describe(gm: fx.GraphModule, loops: Mapping[fx.Node, RegionInfo], masks: Map
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     found: list[tuple[int, RegionInfo]] = [(order[n], info) for n, info in loops.items() if n in order]
-    for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION):
-        kind = getattr(masks.get(node), "kind", "")
-        found.append((order[node], _mixer(node, attention_label(node, kind))))
-    for region in find_regions(gm.graph, Axes(gm.graph)):
-        found.append((order[region.nodes[0]], region_info(region)))
+    found += [
+        (order[node], _mixer(node, attention_label(node, getattr(masks.get(node), "label", ""))))
+        for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION)
+    ]
+    found += [(order[r.nodes[0]], region_info(r)) for r in find_regions(gm.graph, Axes(gm.graph))]
     return [info for _, info in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -127,7 +128,7 @@ class Editor:
         self.gm.recompile()
 
     def _evaluate(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         with self._mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -138,7 +139,7 @@ class Editor:
         waiting = {n: set(n.all_input_nodes) for n in nodes}
         followers: dict[fx.Node, set[fx.Node]] = {n: set(n.users) for n in nodes}
         ordered = [n for n in nodes if has_order(n)]
-        for first, second in zip(ordered, ordered[1:], strict=False):
+        for first, second in itertools.pairwise(ordered):
             waiting[second].add(first)
             followers[first].add(second)
         output = nodes[-1]

@@ -88,7 +88,7 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
                 raise NotNormalError("the graph holds a function transform (vmap, grad)", node.name, source_of(node))
             if isinstance(node.target, compat.HigherOrderOperator) and not compat.is_checkpoint(node.target):
                 raise NotNormalError(
-                    f"the graph holds the higher-order op {node.target.name()}, which has a graph of its own",
+                    f"the graph holds the higher-order op {node.target}, which has a graph of its own",
                     node.name,
                     source_of(node),
                 )

@@ -117,7 +117,8 @@ def token_axes(graph: fx.Graph, axes: Axes) -> list[Axis]:
     if not found:
         found = [a for a, work in flops.items() if work >= 0.9 * most]
     nearly = {a for a in found if flops[a] >= 0.9 * most > 0}
-    return sorted((a for a in found if flops[a] > 0), key=lambda a: (a in nearly, length[a] if a in nearly else flops[a]), reverse=True)
+    found = [a for a in found if flops[a] > 0]
+    return sorted(found, key=lambda a: (a in nearly, length[a] if a in nearly else flops[a]), reverse=True)
 
 
 def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
@@ -133,9 +134,13 @@ def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
                 continue
             if not node.meta.get("needs_grad"):
                 found.add(node)
-        elif node.op == "call_function" and not node.meta.get("needs_grad") and node.target not in _LEFT_OUT:
-            if all(i in found for i in node.all_input_nodes):
-                found.add(node)
+        elif (
+            node.op == "call_function"
+            and not node.meta.get("needs_grad")
+            and node.target not in _LEFT_OUT
+            and all(i in found for i in node.all_input_nodes)
+        ):
+            found.add(node)
     return found
 
 
@@ -146,7 +151,7 @@ def make_region(
     sums: Iterable[fx.Node] | None = None,
     outputs: Iterable[fx.Node] | None = None,
 ) -> Region:
-    """The record of a set of tokenwise nodes: its inputs, and unless they are given the sums that end it and its outputs."""
+    """The record of a set of tokenwise nodes: its inputs, and its sums and outputs unless they are given."""
     members = set(nodes)
     ordered = tuple(n for n in next(iter(members)).graph.nodes if n in members)
     proofs: dict[fx.Node, Tokenwise] = {}

@@ -140,8 +140,8 @@ class BackwardBody:
     """The joint graph of a body and how to call it.
 
     gm: (tokens at ``tokens``..., shared at ``shared``..., kept outputs at ``kept``..., gradients of the
-    outputs and sums at ``grads``...) -> flat list. In that list, ``token_grads[i]`` and ``shared_grads[j]`` are the positions of the
-    gradients of token input i and shared input j, ``factors`` those of weight factors.
+    outputs and sums at ``grads``...) -> flat list. In that list, ``token_grads[i]`` and ``shared_grads[j]`` are
+    the positions of the gradients of token input i and shared input j, ``factors`` those of weight factors.
     ``values``: positions of the forward's own results where they were asked for.
     """
 
@@ -218,11 +218,10 @@ def backward_body(
     layout: dict[str, Any] = {}
 
     def joint(*flat: Any) -> list[Any]:
-        ts, ss = flat[: len(tokens)], flat[len(tokens) : len(tokens) + len(shared)]
         gs = flat[len(tokens) + len(shared) :]
         with torch.enable_grad():
-            ts = [t.detach().requires_grad_() if need else t.detach() for t, need in zip(ts, token_needs, strict=True)]
-            ss = [s.detach().requires_grad_() if need else s.detach() for s, need in zip(ss, shared_needs, strict=True)]
+            ts = _leaves(flat[: len(tokens)], token_needs)
+            ss = _leaves(flat[len(tokens) : len(tokens) + len(shared)], shared_needs)
             run = _Differentiating(body, weights)
             outs = run.run(*ts, *ss)
             pairs = [(outs[i], g) for i, g in zip(grads, gs, strict=True) if outs[i].requires_grad]
@@ -243,6 +242,10 @@ def backward_body(
     return _assemble(
         gm, layout, len(tokens), len(shared), token_needs, shared_needs, grads, len(results), keepable, with_values
     )
+
+
+def _leaves(values: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:
+    return [v.detach().requires_grad_() if need else v.detach() for v, need in zip(values, needs, strict=True)]
 
 
 def _assemble(

@@ -91,7 +91,6 @@ def _loop(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
         return [*outputs, *sums.results()]
 
 
-@torch.library.register_fake("mstc::loop")
 def _loop_fake(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
     p = program(key)
     return [_allocate(v) for v in (*p.outputs, *p.sums)]
@@ -136,7 +135,6 @@ def _write_zeros(x: torch.Tensor, value: Value, n: int, start: int, length: int)
     value.cut.view(x, n, start, length).zero_()
 
 
-@torch.library.register_fake("mstc::loop_backward")
 def _loop_backward_fake(
     grads: Sequence[torch.Tensor | None], tokens: Tensors, shared: Tensors, kept: Tensors, key: str
 ) -> list[torch.Tensor]:
@@ -145,6 +143,10 @@ def _loop_backward_fake(
         torch.empty(p.shared[j].shape, dtype=p.shared[j].dtype, device=p.shared[j].device)
         for j in _needing(p.shared_needs)
     ]
+
+
+torch.library.register_fake("mstc::loop", _loop_fake)
+torch.library.register_fake("mstc::loop_backward", _loop_backward_fake)
 
 
 def _needing(needs: Sequence[bool]) -> list[int]:
@@ -222,7 +224,6 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -
         ]
 
 
-@torch.library.register_fake("mstc::loss_loop")
 def _loss_loop_fake(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -> list[torch.Tensor]:
     p = program(key)
     return (
@@ -233,6 +234,9 @@ def _loss_loop_fake(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: s
             for j in _needing(p.shared_needs)
         ]
     )
+
+
+torch.library.register_fake("mstc::loss_loop", _loss_loop_fake)
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

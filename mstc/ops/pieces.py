@@ -21,7 +21,7 @@ class Cut:
         """The indices ``start .. start + length`` of the axis, as a view with the axis as its own dimension."""
         if self.outer == 1:
             return x.narrow(self.dim, start * self.inner, length * self.inner)
-        return x.unflatten(self.dim, (self.outer, n, self.inner)).narrow(self.dim + 1, start, length)
+        return self._apart(x, n).narrow(self.dim + 1, start, length)
 
     def read(self, x: torch.Tensor, n: int, start: int, length: int) -> torch.Tensor:
         """The same indices in the tensor's own number of dimensions; a copy where that needs one."""
@@ -31,8 +31,12 @@ class Cut:
     def write(self, x: torch.Tensor, n: int, start: int, length: int, piece: torch.Tensor) -> None:
         """Store a piece (in the tensor's own number of dimensions) at these indices."""
         if self.outer != 1:
-            piece = piece.unflatten(self.dim, (self.outer, length, self.inner))
+            piece = self._apart(piece, length)
         self.view(x, n, start, length).copy_(piece)
+
+    def _apart(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """The dimension split into its three factors."""
+        return x.view(*x.shape[: self.dim], self.outer, n, self.inner, *x.shape[self.dim + 1 :])
 
     def shape(self, whole: Sequence[Any], length: int) -> tuple[Any, ...]:
         """Shape of a piece of that many indices."""

@@ -6,7 +6,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.places import Flow, Lost
-from mstc.graph.rules.call import Call, Map, Rule, broadcast_map
+from mstc.graph.rules.call import Call, Map, Rule
 from mstc.graph.sizes import same
 
 aten = torch.ops.aten
@@ -65,13 +65,11 @@ def index(call: Call) -> Flow | None:
         return None
     first, count = used[0], len(used)
     rank = max(g.meta["val"].dim() for g in indices)
-    source: list[int | Lost] = []
-    for d in range(len(call.shape(0))):
-        source.append(d if d < first else MIXED if d < first + count else d - count + rank)
-    maps: list[Map] = [tuple(source)]
-    for g in indices:
-        maps.append(tuple(first + d for d in broadcast_map(g.meta["val"].dim(), rank)))
-    return call.flow(*maps)
+    source: Map = tuple(
+        d if d < first else MIXED if d < first + count else d - count + rank for d in range(len(call.shape(0)))
+    )
+    ranks = [g.meta["val"].dim() for g in indices]
+    return call.flow(source, *(tuple(range(first + rank - r, first + rank)) for r in ranks))
 
 
 def one_hot(call: Call) -> Flow | None:

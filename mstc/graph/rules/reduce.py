@@ -24,7 +24,7 @@ def _dims(call: Call) -> list[int]:
 
 def _reduce(call: Call, how: Lost) -> Flow | None:
     rank = len(call.shape())
-    lost = {d: how for d in _dims(call)}
+    lost = dict.fromkeys(_dims(call), how)
     return call.flow(without(rank, lost, removed=not call.arg("keepdim", False)))
 
 

@@ -26,7 +26,9 @@ SHARED_LIMIT = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "gfx942": 64 * KIB}
 
 TILES = {"H": 4, "K": 128, "V": 128, "BT": 64}
 TYPES = {"bf16": 64, "fp32": 32}
-"""Input dtype and the tile width that the launchers give it."""
+"""Input dtype and the tile width that the launchers of the recurrences give it."""
+WHOLE = {"BK": 128, "BV": 128, "BS": 32}
+"""Softmax attention takes whole rows of K and V."""
 
 KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "states": ("scalar_decay", ("x", "y", "g:fp32", "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
@@ -41,9 +43,16 @@ KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         ("q", "k", "v", "g:fp32", "do", "h", "dh", "dq", "dk", "dv", "dg:fp32", "i", "i", "f"),
         {},
     ),
+    "forward": ("sliding_window", ("q", "k", "v", "o", "l:fp32", "i", "i", "i", "n", "n", "f"), WHOLE),
+    "dq": ("sliding_window", ("q", "k", "v", "do", "l:fp32", "s:fp32", "dq", "i", "i", "i", "n", "n", "f"), WHOLE),
+    "dkv": (
+        "sliding_window",
+        ("q", "k", "v", "do", "l:fp32", "s:fp32", "dk", "dv", "i", "i", "i", "i", "n", "n", "f"),
+        WHOLE,
+    ),
 }
 """Name -> (class, arguments in order, further constants). An argument is a pointer of the input's dtype, or
-of the dtype after the colon; i is a pointer to int64, f a float."""
+of the dtype after the colon; i is a pointer to int64, n an integer, f a float."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,8 @@ def compile_one(name: str, dtype: str, target: str) -> Row:
 
 
 def _type_of(argument: str, dtype: str) -> str:
-    if argument in ("i", "f"):
-        return {"i": "*i64", "f": "fp32"}[argument]
+    if argument in ("i", "n", "f"):
+        return {"i": "*i64", "n": "i32", "f": "fp32"}[argument]
     return "*" + (argument.partition(":")[2] or dtype)
 
 

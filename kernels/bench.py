@@ -32,6 +32,7 @@ __all__ = ["CLASSES", "main"]
 HEADS, WIDTH, CHANNELS, COLUMNS = 8, 64, 512, 16
 CLASSES = ["none", "scalar", "vector", "delta", "gated delta", "dplr", "window 512"]
 Step = Callable[[], None]
+Clock = Callable[[], float]
 
 
 def _inputs(name: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -66,6 +67,10 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def _scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return selective_scan(x, dt, a, b, c)
+
+
 def _scan_inputs(length: int) -> list[Tensor]:
     torch.manual_seed(0)
     x, dt = torch.randn(1, length, CHANNELS), torch.rand(1, length, CHANNELS)
@@ -85,14 +90,14 @@ def _step(form: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Step:
     return step
 
 
-def _alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+def _alternate(steps: dict[str, Step], rounds: int, clock: Clock) -> dict[str, float]:
     """The least time of each step in ms, the steps taking turns."""
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+            best[name] = min(best[name], 1e3 * (clock() - start))
     return best
 
 
@@ -101,7 +106,7 @@ def _compiled(form: Any) -> Callable[..., Tensor]:
     return whole
 
 
-def _times(length: int, rounds: int, names: Sequence[str]) -> None:
+def _times(length: int, rounds: int, names: Sequence[str], clock: Clock) -> None:
     steps = {"softmax": _step(*_inputs("softmax", length))} if length <= 16384 else {}
     for name in names:
         form, tensors = _inputs(name, length)
@@ -110,20 +115,20 @@ def _times(length: int, rounds: int, names: Sequence[str]) -> None:
             steps[f"{name}, compiled"] = _step(_compiled(form), tensors)
     for step in steps.values():
         step()
-    best = _alternate(steps, rounds)
+    best = _alternate(steps, rounds, clock)
     for name, ms in best.items():
         ratio = f"{best['softmax'] / ms:8.1f}" if "softmax" in best else f"{'-':>8}"
         print(f"{length:7} {name:24} {ms:10.1f} {1e3 * ms / length:10.2f} {ratio}", flush=True)
 
 
-def _scan_times(length: int, rounds: int) -> None:
+def _scan_times(length: int, rounds: int, clock: Clock) -> None:
     tensors = _scan_inputs(length)
     steps = {
-        "selective scan": _step(lambda x, dt, a, b, c: selective_scan(x, dt, a, b, c), tensors),
+        "selective scan": _step(_scan, tensors),
         "its token loop": _step(lambda x, dt, a, b, c: token_loop(x, dt, a, b, c, None)[0], tensors),
     }
     steps["selective scan"]()
-    best = _alternate(steps, rounds)
+    best = _alternate(steps, rounds, clock)
     for name, ms in best.items():
         ratio = best["its token loop"] / ms
         print(f"{length:7} {name:24} {ms:10.1f} {1e3 * ms / length:10.2f} {ratio:8.1f}", flush=True)
@@ -131,10 +136,9 @@ def _scan_times(length: int, rounds: int) -> None:
 
 def _peak(name: str, length: int) -> None:
     """Print the peak of one eager step over what the inputs, outputs and all their gradients take."""
-    form, tensors = (
-        (lambda *t: selective_scan(*t), _scan_inputs(length)) if name == "selective scan" else _inputs(name, length)
-    )
-    warm_form, warm = (form, _scan_inputs(600)) if name == "selective scan" else _inputs(name, 600)
+    scan = name == "selective scan"
+    form, tensors = (_scan, _scan_inputs(length)) if scan else _inputs(name, length)
+    warm_form, warm = (_scan, _scan_inputs(600)) if scan else _inputs(name, 600)
     _step(warm_form, warm)()
     held = sum(t.nbytes for t in tensors)
     base = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
@@ -154,6 +158,11 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", default=CLASSES, choices=CLASSES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-scan", action="store_true", help="leave the selective scan and its token loop out")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU time instead of wall time: with one thread, right on a busy machine",
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
     parser.add_argument("--peak-of", nargs=2, metavar=("CLASS", "LENGTH"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -162,6 +171,7 @@ def main() -> None:
         _peak(given.peak_of[0], int(given.peak_of[1]))
         return
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {given.threads} threads")
+    clock = time.process_time if given.cpu_time else time.perf_counter
     if given.memory:
         for name in [*given.classes, "selective scan"]:
             for length in given.lengths:
@@ -169,9 +179,9 @@ def main() -> None:
         return
     print(f"{'T':>7} {'':24} {'ms':>10} {'us/token':>10} {'ratio':>8}   (ratio: to softmax, or to the token loop)")
     for length in given.lengths:
-        _times(length, given.rounds, given.classes)
+        _times(length, given.rounds, given.classes, clock)
     if not given.no_scan:
-        _scan_times(4096, min(given.rounds, 2))
+        _scan_times(4096, min(given.rounds, 2), clock)
 
 
 if __name__ == "__main__":

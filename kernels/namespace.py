@@ -18,6 +18,7 @@ NAMES = {
     "KernelArgumentError": "mstc.kernels.common.checks",
     "dplr_attention": "mstc.kernels.api",
     "linear_attention": "mstc.kernels.api",
+    "merge": "mstc.kernels.sliding_window.merge",
     "selective_scan": "mstc.kernels.selective_scan.op",
     "sliding_window_attention": "mstc.kernels.sliding_window.op",
 }

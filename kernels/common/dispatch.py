@@ -1,4 +1,4 @@
-"""Which form of a kernel runs: Triton on a GPU, the chunked form elsewhere."""
+"""Which form of a kernel runs: Triton on a GPU where the class has it, the chunked form elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from mstc.kernels.common.checks import fail
@@ -14,15 +15,14 @@ __all__ = ["triton_form"]
 
 
 def triton_form(tensor: Tensor, name: str) -> ModuleType | None:
-    """The Triton module of class ``name`` for a tensor on a GPU, None elsewhere.
+    """The Triton module of class ``name`` for a tensor on a GPU; None for the chunked form.
 
-    A class without Triton kernels, or a GPU without Triton, is an error: nothing runs slowly in silence.
+    float64, and classes that have no Triton kernels yet (``docs/kernels.md`` names them), take the chunked form
+    on a GPU too: it is made of matrix products, and runs on any device.
     """
-    if tensor.device.type != "cuda":
+    module = f"mstc.kernels.{name}.triton"
+    if tensor.device.type != "cuda" or tensor.dtype == torch.float64 or find_spec(module) is None:
         return None
     if find_spec("triton") is None:
         raise fail("q", f"device {tensor.device} without Triton", "a CPU tensor, or `pip install triton`")
-    module = f"mstc.kernels.{name}.triton"
-    if find_spec(module) is None:
-        raise fail("q", f"device {tensor.device}", f"a CPU tensor: {name} has no Triton kernels yet")
     return import_module(module)

@@ -28,8 +28,8 @@ WARPS = {"states": 8, "output": 8, "gradients": 8}
 @triton.jit
 def load_rows(p_x, i_h, start, stop, i_w, H: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
     """Rows start .. stop of [tokens, H, W], columns of block i_w: [BT, BW], zero outside."""
-    o_t = start + tl.arange(BT)
-    o_w = i_w * BW + tl.arange(BW)
+    o_t = start + tl.arange(0, BT)
+    o_w = i_w * BW + tl.arange(0, BW)
     mask = (o_t[:, None] < stop) & (o_w[None, :] < W)
     return tl.load(p_x + (o_t[:, None] * H + i_h) * W + o_w[None, :], mask=mask, other=0.0)
 
@@ -37,8 +37,8 @@ def load_rows(p_x, i_h, start, stop, i_w, H: tl.constexpr, W: tl.constexpr, BT: 
 @triton.jit
 def store_rows(p_x, b_x, i_h, start, stop, i_w, H: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
     """The inverse of ``load_rows``."""
-    o_t = start + tl.arange(BT)
-    o_w = i_w * BW + tl.arange(BW)
+    o_t = start + tl.arange(0, BT)
+    o_w = i_w * BW + tl.arange(0, BW)
     mask = (o_t[:, None] < stop) & (o_w[None, :] < W)
     tl.store(p_x + (o_t[:, None] * H + i_h) * W + o_w[None, :], b_x.to(p_x.dtype.element_ty), mask=mask)
 
@@ -46,8 +46,8 @@ def store_rows(p_x, b_x, i_h, start, stop, i_w, H: tl.constexpr, W: tl.constexpr
 @triton.jit
 def load_state(p_h, i_s, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """Block (i_k, i_v) of state i_s of [states, K, V]."""
-    o_k = i_k * BK + tl.arange(BK)
-    o_v = i_v * BV + tl.arange(BV)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
     mask = (o_k[:, None] < K) & (o_v[None, :] < V)
     return tl.load(p_h + (i_s * K + o_k[:, None]) * V + o_v[None, :], mask=mask, other=0.0)
 
@@ -55,8 +55,8 @@ def load_state(p_h, i_s, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.cons
 @triton.jit
 def store_state(p_h, b_h, i_s, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """The inverse of ``load_state``."""
-    o_k = i_k * BK + tl.arange(BK)
-    o_v = i_v * BV + tl.arange(BV)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
     mask = (o_k[:, None] < K) & (o_v[None, :] < V)
     tl.store(p_h + (i_s * K + o_k[:, None]) * V + o_v[None, :], b_h.to(p_h.dtype.element_ty), mask=mask)
 
@@ -64,7 +64,7 @@ def store_state(p_h, b_h, i_s, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BK: t
 @triton.jit
 def load_sums(p_g, i_h, start, stop, H: tl.constexpr, BT: tl.constexpr, HAS_G: tl.constexpr):
     """G_i = g_start + .. + g_i and G_C in float64 (0 without a decay; padding adds 0)."""
-    o_t = start + tl.arange(BT)
+    o_t = start + tl.arange(0, BT)
     b_g = tl.zeros([BT], dtype=tl.float64)
     if HAS_G:
         b_g = tl.load(p_g + o_t * H + i_h, mask=o_t < stop, other=0.0).to(tl.float64)
@@ -75,7 +75,7 @@ def load_sums(p_g, i_h, start, stop, H: tl.constexpr, BT: tl.constexpr, HAS_G: t
 @triton.jit
 def pair_decays(b_sum, BT: tl.constexpr):
     """D_ij = exp(G_i - G_j) for j <= i, else 0."""
-    o_i = tl.arange(BT)
+    o_i = tl.arange(0, BT)
     below = o_i[:, None] >= o_i[None, :]
     return tl.exp(tl.where(below, (b_sum[:, None] - b_sum[None, :]).to(tl.float32), float("-inf")))
 
@@ -243,7 +243,7 @@ def gradients_kernel(
         store_rows(p_dq, b_dq, i_h, start, stop, i_k, H, K, BT, BK)
         store_rows(p_dk, b_dk, i_h, start, stop, i_k, H, K, BT, BK)
     if HAS_G:
-        o_t = tl.arange(BT)
+        o_t = tl.arange(0, BT)
         before = o_t[:, None] > o_t[None, :]
         b_rows = tl.cumsum(b_p, 0, reverse=True)
         b_dg = tl.sum(tl.where(before, b_rows + b_earlier[None, :], 0.0), 1)

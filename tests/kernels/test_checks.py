@@ -63,10 +63,22 @@ def test_offsets_of_a_wrong_form(offsets: Tensor) -> None:
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu:
         device = torch.device("cuda", 0)
+        dtype = torch.float32
 
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "triton" else name)
     with pytest.raises(KernelArgumentError, match="without Triton.*pip install triton"):
         dispatch.triton_form(OnGpu(), "scalar_decay")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("vector_decay", torch.float32), ("scalar_decay", torch.float64)])
+def test_the_chunked_form_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """What has no Triton kernel takes the chunked form."""
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    OnGpu.dtype = dtype  # type: ignore[attr-defined]
+    assert dispatch.triton_form(OnGpu(), name) is None  # type: ignore[arg-type]
 
 
 def test_names_of_the_package() -> None:

@@ -106,8 +106,57 @@ def test_scalar_decay_of_packed_documents(compare: Compare) -> None:
     compare(lambda **i: scalar_form(**i, cu_seqlens=offsets), wanted, inputs)
 
 
+def window_form(window: int, sinks: int, offsets: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernels of sliding-window attention as a differentiable form."""
+    from mstc.kernels.sliding_window import triton as kernels
+
+    class Form(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
+            out, lse = kernels.forward(q, k, v, offsets, window, sinks, q.shape[-1] ** -0.5)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx, do, dl):  # type: ignore[no-untyped-def]
+            q, k, v, out, lse = ctx.saved_tensors
+            return kernels.backward(do, dl, q, k, v, out, lse, offsets, window, sinks, q.shape[-1] ** -0.5)
+
+    return lambda q, k, v: Form.apply(q, k, v)
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(("length", "window", "sinks"), [(1, 1, 0), (15, 7, 0), (65, 64, 4), (100, 10, 70)])
+def test_sliding_window(length: int, window: int, sinks: int, compare: Compare) -> None:
+    from mstc.kernels.sliding_window.reference import reference
+
+    inputs = {n: t for n, t in make(length, "none", torch.float32).items() if n in ("q", "k", "v")}
+    compare(window_form(window, sinks), lambda q, k, v: reference(q, k, v, window, sinks, q.shape[-1] ** -0.5), inputs)
+
+
+@needs_a_way_to_run
+def test_sliding_window_of_packed_documents(compare: Compare) -> None:
+    from mstc.kernels.sliding_window.op import sliding_window_attention
+
+    offsets = torch.tensor([0, 3, 3, 70, 90, 90], device=DEVICE)
+    inputs = {n: t for n, t in make(90, "none", torch.float32).items() if n in ("q", "k", "v")}
+    wanted = lambda **i: sliding_window_attention(  # noqa: E731
+        **i, window=40, sinks=5, return_lse=True, cu_seqlens=offsets
+    )
+    compare(window_form(40, 5, offsets), wanted, inputs)
+
+
+@needs_a_way_to_run
+def test_sliding_window_in_half_precision(compare: Compare) -> None:
+    from mstc.kernels.sliding_window.reference import reference
+
+    dtype = torch.bfloat16 if NATIVE else torch.float16
+    inputs = {n: t for n, t in make(65, "none", dtype).items() if n in ("q", "k", "v")}
+    compare(window_form(20, 3), lambda q, k, v: reference(q, k, v, 20, 3, q.shape[-1] ** -0.5), inputs)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("name", ["states", "output", "gradients"])
+@pytest.mark.parametrize("name", ["states", "output", "gradients", "forward", "dq", "dkv"])
 def test_compiles_ahead_of_time(name: str) -> None:
     from mstc.kernels.aot import compile_one
 

@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._inductor import config as inductor_config
@@ -43,6 +44,7 @@ __all__ = [
     "isolated_tracing",
     "lower_with",
     "mode_settings",
+    "name_constants",
     "trace_flat",
     "trace_functional",
     "tree_leaves",
@@ -221,6 +223,17 @@ def without_cudagraphs() -> Iterator[None]:
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings behind a ``mode`` of ``torch.compile``; an unknown one raises ``RuntimeError``."""
     return dict(list_mode_options(mode))
+
+
+def name_constants(gm: fx.GraphModule) -> None:
+    """Give a graph's own tensor constants a source.
+
+    AOTAutograd asks one of every tensor in a module that came from Dynamo, to guard on inputs that are the same tensor.
+    """
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        own = (name for name, _ in gm.named_buffers(remove_duplicate=False))
+        gm._param_name_to_source = {**{name: ConstantSource(name) for name in own}, **sources}  # type: ignore[assignment]
 
 
 def lower_with(name: str) -> Callable[..., Any]:

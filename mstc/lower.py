@@ -21,6 +21,7 @@ def lower(
     """
     if name == "eager":
         return gm.forward
+    compat.name_constants(gm)
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
     compiled: Callable[..., Any] = compat.lower_with(name)(gm, list(inputs), **patches)
     return compiled

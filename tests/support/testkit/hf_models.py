@@ -1,0 +1,107 @@
+"""Hugging Face models of tiny random configuration, without dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_WINDOW = {"sliding_window": 16}
+
+# Causal language models: what each needs besides the common settings.
+CAUSAL: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": _WINDOW,
+    "gemma": {},
+    "gemma2": _WINDOW,
+    "gemma3_text": _WINDOW,
+    "phi": {},
+    "phi3": {},
+    "gpt2": _GPT2_NAMES,
+    "gptj": {**_GPT2_NAMES, "rotary_dim": 4},
+    "gpt_neox": {},
+    "olmo2": {},
+    "granite": {},
+    "cohere": {},
+    "glm4": {},
+    "starcoder2": {},
+    "stablelm": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "nemotron": {},
+    "smollm3": {},
+}
+
+# Mixtures of experts.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+_NO_DROPOUT = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout_rate",
+)
+
+
+def config_of(kind: str, **settings: Any) -> Any:
+    """A configuration with all dropout at 0."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[kind](**settings)
+    for name in _NO_DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def causal(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
+    """A causal language model in training mode; the same random weights each time."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    known = {**_BASE, **CAUSAL.get(kind, EXPERTS.get(kind, {})), **settings}
+    config = config_of(kind, **known)
+    config.loss_type = "ForCausalLM"  # without it GPT-2 warns inside the loss, which breaks the graph
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model.to(dtype).train()
+
+
+def from_auto(auto: str, kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
+    """Any other model: ``auto`` is the name of a transformers auto class, e.g. AutoModelForMaskedLM."""
+    import transformers
+
+    torch.manual_seed(0)
+    model: nn.Module = getattr(transformers, auto).from_config(config_of(kind, **settings))
+    return model.to(dtype).train()
+
+
+def tokens(batch: int = 2, length: int = 50, below: int = 96) -> torch.Tensor:
+    return torch.randint(3, below, (batch, length), generator=torch.Generator().manual_seed(1))

@@ -64,6 +64,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _write_back(graph, traced.mutated, fakes)
     _carry_metadata(gm, placeholders, traced.gm)
     _drop_asserts(graph)
+    _drop_idle_dropout(graph)
     _spell_copies(graph, mode)
     _fold_grad_mode(graph, fakes, grad_mode)
     graph.eliminate_dead_code()
@@ -149,6 +150,14 @@ def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
             made.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def _drop_idle_dropout(graph: fx.Graph) -> None:
+    """A dropout that drops nothing returns its input; as a random op it would keep its place and part regions."""
+    for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
+        if not (node.args[2] and node.args[1]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:

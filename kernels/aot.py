@@ -29,29 +29,41 @@ TYPES = {"bf16": 64, "fp32": 32}
 """Input dtype and the tile width that the launchers of the recurrences give it."""
 WHOLE = {"BK": 128, "BV": 128, "BS": 32}
 """Softmax attention takes whole rows of K and V."""
+SCAN = {"D": 1024, "N": 16, "BD": 32, "BN": 16}
+GATE = ("g:fp32",)
 
-KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "states": ("scalar_decay", ("x", "y", "g:fp32", "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
-    "states (reverse)": (
-        "scalar_decay",
-        ("x", "y", "g:fp32", "s:fp32", "h", "s:fp32", "i", "i", "i", "f"),
-        {"REVERSE": True},
-    ),
-    "output": ("scalar_decay", ("q", "k", "v", "g:fp32", "h", "o", "i", "i", "f"), {}),
-    "gradients": (
-        "scalar_decay",
-        ("q", "k", "v", "g:fp32", "do", "h", "dh", "dq", "dk", "dv", "dg:fp32", "i", "i", "f"),
+KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "scalar_decay/states": (("x", "y", *GATE, "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
+    "scalar_decay/states reverse": (("x", "y", *GATE, "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": True}),
+    "scalar_decay/output": (("q", "k", "v", *GATE, "h", "o", "i", "i", "f"), {}),
+    "scalar_decay/gradients": (
+        ("q", "k", "v", *GATE, "do", "h", "dh", "dq", "dk", "dv", "dg:fp32", "i", "i", "f"),
         {},
     ),
-    "forward": ("sliding_window", ("q", "k", "v", "o", "l:fp32", "i", "i", "i", "n", "n", "f"), WHOLE),
-    "dq": ("sliding_window", ("q", "k", "v", "do", "l:fp32", "s:fp32", "dq", "i", "i", "i", "n", "n", "f"), WHOLE),
-    "dkv": (
-        "sliding_window",
+    "sliding_window/forward": (("q", "k", "v", "o", "l:fp32", "i", "i", "i", "n", "n", "f"), WHOLE),
+    "sliding_window/dq": (("q", "k", "v", "do", "l:fp32", "s:fp32", "dq", "i", "i", "i", "n", "n", "f"), WHOLE),
+    "sliding_window/dkv": (
         ("q", "k", "v", "do", "l:fp32", "s:fp32", "dk", "dv", "i", "i", "i", "i", "n", "n", "f"),
         WHOLE,
     ),
+    "selective_scan/states": (
+        ("x", "dt", "a:fp32", "b", "s:fp32", "h:fp32", "s:fp32", "i", "i", "i"),
+        {**SCAN, "REVERSE": False},
+    ),
+    "selective_scan/states reverse": (
+        ("x", "dt", "a:fp32", "b", "s:fp32", "h:fp32", "s:fp32", "i", "i", "i"),
+        {**SCAN, "REVERSE": True},
+    ),
+    "selective_scan/output": (("x", "dt", "a:fp32", "b", "c", "h:fp32", "y", "i", "i"), SCAN),
+    "selective_scan/gradients": (
+        (
+            *("x", "dt", "a:fp32", "b", "c", "dy", "h:fp32", "dh:fp32", "t:fp32", "dx", "ddt", "da:fp32"),
+            *("db:fp32", "dc:fp32", "i", "i", "n", "n"),
+        ),
+        SCAN,
+    ),
 }
-"""Name -> (class, arguments in order, further constants). An argument is a pointer of the input's dtype, or
+"""Class and kernel -> (arguments in order, further constants). An argument is a pointer of the input's dtype, or
 of the dtype after the colon; i is a pointer to int64, n an integer, f a float."""
 
 
@@ -80,24 +92,23 @@ def compile_all() -> Iterator[Row]:
 
 
 def compile_one(name: str, dtype: str, target: str) -> Row:
-    """Compile kernel ``name`` with decay and state, K = V = 128."""
+    """Compile kernel ``name``, with decay and state: K = V = 128, or D = 1024 and N = 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    folder, arguments, constants = KERNELS[name]
+    arguments, constants = KERNELS[name]
+    folder, kernel = name.split()[0].split("/")
     module = import_module(f"mstc.kernels.{folder}.triton")
-    function = getattr(module, name.split()[0] + "_kernel")
+    function = getattr(module, kernel + "_kernel")
     given = {**TILES, "BK": TYPES[dtype], "BV": TYPES[dtype], "HAS_G": True, "HAS_STATE": True, **constants}
     constexprs = {n: given[n] for n in function.arg_names if n in given}
     plain = [n for n in function.arg_names if n not in given]
     signature = {n: _type_of(a, dtype) for n, a in zip(plain, arguments, strict=True)}
     source = ASTSource(function, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs)
-    compiled = triton.compile(
-        source, target=GPUTarget(*TARGETS[target]), options={"num_warps": module.WARPS[name.split()[0]]}
-    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": module.WARPS[kernel]})
     registers, spills = _resources(compiled.asm.get("cubin"))
-    return Row(f"{folder} {name}", dtype, target, compiled.metadata.shared, registers, spills)
+    return Row(name, dtype, target, compiled.metadata.shared, registers, spills)
 
 
 def _type_of(argument: str, dtype: str) -> str:

@@ -155,8 +155,59 @@ def test_sliding_window_in_half_precision(compare: Compare) -> None:
     compare(window_form(20, 3), lambda q, k, v: reference(q, k, v, 20, 3, q.shape[-1] ** -0.5), inputs)
 
 
+def scan_form(offsets: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernels of the selective scan as a differentiable form."""
+    from mstc.kernels.selective_scan import triton as kernels
+
+    class Form(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):  # type: ignore[no-untyped-def]
+            y, final, kept = kernels.forward(*tensors, offsets)
+            ctx.save_for_backward(*tensors[:5], kept)
+            return y, final
+
+        @staticmethod
+        def backward(ctx, dy, df):  # type: ignore[no-untyped-def]
+            return kernels.backward(dy, df, *ctx.saved_tensors, offsets)
+
+    return lambda x, dt, a, b, c, initial_state: Form.apply(x, dt, a, b, c, initial_state)
+
+
+def scan_inputs(length: int, batch: int, states: int) -> dict[str, Tensor]:
+    channels, columns = 12, 5
+    inputs = {
+        "x": torch.randn(batch, length, channels),
+        "dt": torch.rand(batch, length, channels) * torch.randint(2, (batch, length, channels)),
+        "a": -20 * torch.rand(channels, columns),
+        "b": torch.randn(batch, length, columns),
+        "c": torch.randn(batch, length, columns),
+        "initial_state": torch.randn(states, channels, columns),
+    }
+    return {n: t.to(DEVICE) for n, t in inputs.items()}
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("length", [1, 65, pytest.param(1000, marks=pytest.mark.slow)])
+def test_selective_scan(length: int, compare: Compare) -> None:
+    from mstc.kernels.selective_scan.reference import reference
+
+    compare(scan_form(), reference, scan_inputs(length, 1, 1))
+
+
+@needs_a_way_to_run
+def test_selective_scan_of_packed_documents(compare: Compare) -> None:
+    from mstc.kernels.selective_scan.op import selective_scan
+
+    offsets = torch.tensor([0, 3, 3, 70], device=DEVICE)
+
+    def wanted(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(x, dt, a, b, c, initial_state=initial_state, output_final_state=True, cu_seqlens=offsets)
+
+    compare(scan_form(offsets), wanted, scan_inputs(70, 1, 3))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("name", ["states", "output", "gradients", "forward", "dq", "dkv"])
+@pytest.mark.parametrize("name", ["scalar_decay/gradients", "sliding_window/dkv", "selective_scan/gradients"])
 def test_compiles_ahead_of_time(name: str) -> None:
     from mstc.kernels.aot import compile_one
 

@@ -172,11 +172,20 @@ class _Differentiating(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         at = 2 if n.target is aten.addmm.default else 1
         x = args[at - 1]
-        y = n.target(*(a.detach() if i == at else a for i, a in enumerate(args)), **kwargs)  # type: ignore[operator]
+        y = _product(n.target, [a.detach() if i == at else a for i, a in enumerate(args)], kwargs)
         if not y.requires_grad:
             y = y.detach().requires_grad_()
         self.products.append((position, x, y, transposed))
         return y
+
+
+def _product(target: Any, args: list[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The product with rows flattened: kept apart, each batch would get a copy of the weight."""
+    if target is not aten.linear.default or args[0].dim() < 3:
+        return target(*args, **kwargs)  # type: ignore[no-any-return]
+    x, *rest = args
+    rows = target(x.reshape(-1, x.shape[-1]), *rest, **kwargs)
+    return rows.view(*x.shape[:-1], rows.shape[-1])  # type: ignore[no-any-return]
 
 
 def _weight_product(node: fx.Node, weights: dict[str, int]) -> tuple[int, bool] | None:

@@ -46,18 +46,17 @@ class Cut:
 
 
 def order_of(x: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from the slowest to the fastest in memory; ties and broadcast ones in their own order."""
-    strides = x.stride()
-    return (
-        tuple(sorted(range(x.dim()), key=lambda d: (-int(strides[d]) if x.shape[d] != 1 else 0, d)))
-        if _plain(x)
-        else tuple(range(x.dim()))
-    )
+    """Dimensions from the slowest to the fastest in memory.
 
-
-def _plain(x: torch.Tensor) -> bool:
-    """Whether the order can be read off: no size-1 or broadcast dimension hides it."""
-    return all(int(s) > 0 for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
+    Dimensions of size 1 keep their own positions, so that a contiguous tensor's order is its own; where a
+    broadcast dimension hides the order, it is the contiguous one.
+    """
+    natural = tuple(range(x.dim()))
+    wide = [d for d in natural if x.shape[d] != 1]
+    if any(x.stride()[d] == 0 for d in wide):
+        return natural
+    by_stride = iter(sorted(wide, key=lambda d: (-x.stride()[d], d)))
+    return tuple(next(by_stride) if d in wide else d for d in natural)
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from mstc.graph.regions import Region
 
 # Working set of one chunk that the automatic choice aims at, and the fewest tokens that keep matrix
 # products efficient: measured on the CPU benchmark (docs/benchmarks.md, "Chunk sizes").
-WORKING_SET = 64 * 2**20
+WORKING_SET = 128 * 2**20
 FEWEST_TOKENS = 512
 MOST_TOKENS = 1024
 # Whole intermediates below this are not worth a loop.

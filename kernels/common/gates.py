@@ -2,8 +2,8 @@
 
 For log decays g_1 .. g_C write L_ij = g_{j+1} + .. + g_i (j <= i), the log decay from token j to
 token i. L_ij <= 0 when every g <= 0, so exp(L_ij) cannot overflow; entries above the diagonal are
-set to -inf *before* the exponential. L is a difference of running sums, taken in float64: after a
-decay of -20 per token over a chunk, float32 sums would lose L to about 1e-4.
+set to 0 before the exponential, and again after it. L is a difference of running sums, taken in
+float64: after a decay of -20 per token over a chunk, float32 sums would lose L to about 1e-4.
 
 A log decay below FLOOR is read as FLOOR: exp(FLOOR) is 0 in float64 as well, and -inf (a reset of
 the state) then gives no inf - inf.
@@ -26,10 +26,8 @@ def running_sum(g: Tensor) -> Tensor:
 
 def pair_decays(total: Tensor, dtype: torch.dtype) -> Tensor:
     """D_ij = exp(G_i - G_j) for j <= i, else 0, from running sums G [..., C] -> [..., C, C]."""
-    size = total.shape[-1]
-    above = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
     sums = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype)
-    return sums.masked_fill_(above, float("-inf")).exp_()
+    return sums.tril_().exp_().tril_()
 
 
 def chunk_decays(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,17 +58,15 @@ def segment_gradient(p: Tensor) -> Tensor:
     return (p.new_ones(size, size).triu() @ p).tril_(-1).sum(-1)
 
 
-def scan_states(decay: Tensor | None, added: Tensor, initial: Tensor) -> Tensor:
-    """S_0 .. S_N with S_n = exp(c_n) S_{n-1} + B_n, as one product with a lower triangular matrix.
+def scan_states(decay: Tensor | None, added: Tensor, initial: Tensor, reverse: bool = False) -> Tensor:
+    """S_0 .. S_N, [X, N + 1, K, V], with S_n = exp(c_n) S_{n-1} + B_n from S_0 = ``initial``.
 
-    decay: c [X, N] (float64) or None for 0; added: B [X, N, K, V]; initial: S_0 [X, K, V].
-    Returns [X, N + 1, K, V].
+    decay: c [X, N] or None for 0; added: B [X, N, K, V]; initial [X, K, V]. In reverse S_{n-1} = exp(c_n) S_n + B_n
+    from S_N = ``initial``: the gradient of the scan.
     """
-    x, n, k, v = added.shape
-    stacked = torch.cat([initial.reshape(x, 1, k * v), added.reshape(x, n, k * v)], 1)
-    if decay is None:
-        weights = added.new_ones(n + 1, n + 1).tril().expand(x, n + 1, n + 1)
-    else:
-        total = torch.nn.functional.pad(decay, (1, 0)).cumsum(-1)
-        weights = pair_decays(total, added.dtype)
-    return (weights @ stacked).view(x, n + 1, k, v)
+    factors = None if decay is None else decay.to(added.dtype).exp()[..., None, None]
+    states, order = [initial], range(added.shape[1])
+    for n in reversed(order) if reverse else order:
+        last = states[-1]
+        states.append(added[:, n] + last if factors is None else torch.addcmul(added[:, n], factors[:, n], last))
+    return torch.stack(states[::-1] if reverse else states, 1)

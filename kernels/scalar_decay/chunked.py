@@ -83,8 +83,7 @@ def backward(
 
 def _grad_states(q_start: Tensor, do: Tensor, last: Tensor | None, grad_state: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the state after each chunk [X, N, K, V], and of the initial state: the scan in reverse."""
-    reverse = None if last is None else last.flip(-1)
-    grads = scan_states(reverse, (q_start.mT @ do).flip(1), grad_state).flip(1)
+    grads = scan_states(last, q_start.mT @ do, grad_state, reverse=True)
     return grads[:, 1:], grads[:, 0]
 
 

@@ -12,7 +12,8 @@ and, with W_t = dh_t exp(dt_t A) h_{t-1} and u = dt x,
     dA = sum_t W_t dt_t    ddt_t = sum_n W_t A + x_t du_t    dx = dt du    du_t = sum_n dh_t B_t
     dB_t = sum_d dh_t u_t  dC_t = sum_d dy_t h_t
 
-Written for eager torch: under Inductor the steps are fused into a kernel that computes them anew (8 times slower).
+Written for eager torch: Inductor fuses the steps into a kernel that computes them anew, more than 8
+times slower.
 Layout in a segment: step, row, chunk, channel, column [L, X, M, D, N].
 """
 

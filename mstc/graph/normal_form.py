@@ -96,20 +96,32 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
 
 
 def _write_back(graph: fx.Graph, mutated: Sequence[int], fakes: Sequence[Any]) -> None:
-    """Turn the new values of mutated inputs into explicit copies at the end of the graph."""
+    """Turn the new values of mutated inputs into explicit copies at the end of the graph.
+
+    Everything else reads a clone: what is saved for the backward must not be written.
+    """
     output = graph.output_node()
     values = list(output.args[0])  # type: ignore[arg-type]
     kept = len(values) - len(mutated)
     placeholders = graph.find_nodes(op="placeholder")
-    with graph.inserting_before(output):
-        for index, value in zip(mutated, values[kept:], strict=True):
-            target = placeholders[index]
+    for index, value in zip(mutated, values[kept:], strict=True):
+        target = placeholders[index]
+        if torch.is_grad_enabled():
+            _read_clone(graph, target, placeholders[-1], fakes[index])
+        with graph.inserting_before(output):
             if fakes[index].requires_grad:
                 raise NotNormalError(f"input {target.name}, which needs a gradient, is changed in place", target.name)
             copy = graph.call_function(aten.copy_.default, (target, value))
             copy.meta["val"] = fakes[index]
     output.args = (tuple(values[:kept]),)
     output.meta["val"] = tuple(v.meta["val"] if isinstance(v, fx.Node) else v for v in values[:kept])
+
+
+def _read_clone(graph: fx.Graph, target: fx.Node, last: fx.Node, value: torch.Tensor) -> None:
+    with graph.inserting_after(last):
+        clone = graph.call_function(aten.clone.default, (target,))
+    clone.meta["val"] = value
+    target.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone, propagate_meta=False)
 
 
 def _carry_metadata(old: fx.GraphModule, placeholders: Sequence[fx.Node], new: fx.GraphModule) -> None:

@@ -12,7 +12,7 @@ belong to it: they end it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,24 +56,61 @@ class Region:
 
 
 def find_regions(graph: fx.Graph, axes: Axes) -> list[Region]:
-    """All regions that hold a product with a weight, along the axes that `token_axes` chooses.
+    """All regions that hold a product with a weight.
 
-    A further axis counts only where the axes before it left a good part of those products.
+    One axis after another claims its nodes, until none is left that is tokenwise along any.
     """
-    claimed: set[fx.Node] = set()
     regions: list[Region] = []
-    derived = position_only(graph, axes)
-    total = sum(map(_weight_flops, graph.nodes))
-    for axis in token_axes(graph, axes):
-        proofs = _proofs(graph, axes, axis, claimed | derived)
-        if sum(map(_weight_flops, proofs)) < 0.1 * total:
-            continue
+    taken = position_only(graph, axes)
+    for axis, proofs in _token_axes(graph, axes, taken):
         for nodes in _components(graph, proofs):
             if any(_has_weight(n) for n in nodes):
                 regions.append(make_region(axes, axis, nodes))
-                claimed |= nodes
+                taken |= nodes
     order = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(regions, key=lambda r: order[r.nodes[0]])
+
+
+def _token_axes(graph: fx.Graph, axes: Axes, taken: set[fx.Node]) -> Iterator[tuple[Axis, dict[fx.Node, Tokenwise]]]:
+    """Axes to cut, best first, with the nodes not ``taken`` that are tokenwise along each.
+
+    Axes that stand in a weight are features. Where attention, a scan or an unknown op mixes an axis, it is a
+    sequence, and goes before a batch, which nothing mixes. Among equals the axis with the most FLOPs
+    in products with weights comes first; where several have nearly the most, the longest.
+    """
+    products = [n for n in graph.nodes if _has_weight(n)]
+    features = {a for n in products for o in operands_of(n) if _is_weight(o) for a in axes.of(o)}
+    sequences, length = _sequences(graph, axes)
+    tried: set[Axis] = set()
+    while True:
+        flops: dict[Axis, float] = {}
+        for node in products:
+            for axis in axes.of(node) - features - tried if node not in taken else ():
+                if isinstance(axes.tokenwise(node, axis), Tokenwise):
+                    flops[axis] = flops.get(axis, 0.0) + matmul_flops(node)
+        pool = [a for a in flops if a in sequences] or list(flops)
+        if not pool:
+            return
+        most = max(flops[a] for a in pool)
+        best = max((a for a in pool if flops[a] >= 0.9 * most), key=lambda a: (length.get(a, 0.0), -a))
+        tried.add(best)
+        yield best, _proofs(graph, axes, best, taken)
+
+
+def _sequences(graph: fx.Graph, axes: Axes) -> tuple[set[Axis], dict[Axis, float]]:
+    """Axes whose indices something ties together as attention and scans do; and the length of every axis."""
+    sequences: set[Axis] = set()
+    length: dict[Axis, float] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for axis in {a for operand in operands_of(node) for a in axes.of(operand)}:
+            proof = axes.tokenwise(node, axis)
+            if isinstance(proof, Tokenwise):
+                length[axis] = _hint(proof.place.n)
+            elif _mixes_like_a_sequence(node, axis, axes):
+                sequences.add(axis)
+    return sequences, length
 
 
 def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node]) -> dict[fx.Node, Tokenwise]:
@@ -87,38 +124,6 @@ def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node]) -> 
         if isinstance(proof, Tokenwise):
             proofs[node] = proof
     return proofs
-
-
-def token_axes(graph: fx.Graph, axes: Axes) -> list[Axis]:
-    """Axes worth cutting, best first.
-
-    Products with weights tell tokens from features: all of them are tokenwise along the tokens, few
-    along one axis of features. Where attention, a scan or an unknown op mixes axes, those are the
-    sequences, and a batch, which nothing mixes, is left alone. Axes with nearly the most of those
-    FLOPs come first, the longest one before the others.
-    """
-    flops: dict[Axis, float] = {}
-    sequences: set[Axis] = set()
-    length: dict[Axis, float] = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        work = _weight_flops(node)
-        for axis in {a for operand in operands_of(node) for a in axes.of(operand)}:
-            proof = axes.tokenwise(node, axis)
-            if isinstance(proof, Tokenwise):
-                flops[axis] = flops.get(axis, 0) + work
-                length[axis] = float(_hint(proof.place.n))
-            elif _mixes_like_a_sequence(node, axis, axes):
-                sequences.add(axis)
-    total = sum(map(_weight_flops, graph.nodes))
-    found = [a for a, work in flops.items() if a in sequences and work >= 0.1 * total]
-    most = max((flops[a] for a in found or flops), default=0.0)
-    if not found:
-        found = [a for a, work in flops.items() if work >= 0.9 * most]
-    nearly = {a for a in found if flops[a] >= 0.9 * most > 0}
-    found = [a for a in found if flops[a] > 0]
-    return sorted(found, key=lambda a: (a in nearly, length[a] if a in nearly else flops[a]), reverse=True)
 
 
 def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
@@ -229,10 +234,6 @@ def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes) -> bool:
 def _has_weight(node: fx.Node) -> bool:
     """Whether the node is a product with a parameter (or a buffer), perhaps cast or transposed."""
     return is_heavy(node) and any(_is_weight(o) for o in operands_of(node))
-
-
-def _weight_flops(node: fx.Node) -> float:
-    return matmul_flops(node) if _has_weight(node) else 0.0
 
 
 def _is_weight(node: fx.Node) -> bool:

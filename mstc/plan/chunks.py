@@ -58,6 +58,8 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     n, tokens = hint_n(region), tokens_of(region)
     if isinstance(chunk_tokens, int):
         count = min(-(-tokens // chunk_tokens), n)
+        if count == 1:
+            return Chunks(1, f"its {tokens} tokens fit into one chunk of {chunk_tokens}")
         return Chunks(count, f"{chunk_tokens} tokens per chunk as asked")
     total = intermediate_bytes(region)
     if tokens < 4 * FEWEST_TOKENS or total < WORTH:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -85,3 +87,16 @@ def test_names_of_the_package() -> None:
     assert "linear_attention" in dir(mstc.kernels)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mstc.kernels.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_importing_and_running_on_a_cpu_need_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import mstc; assert 'torch' not in sys.modules\n"
+        "import torch, mstc.kernels\n"
+        "from mstc.kernels import dplr_attention, linear_attention, merge, selective_scan, sliding_window_attention\n"
+        "import mstc.kernels.split, mstc.kernels.feature_maps\n"
+        "print(linear_attention(*torch.ones(3, 1, 70, 2, 4)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[1, 70, 2, 4]" in done.stdout

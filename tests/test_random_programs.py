@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 import torch.fx as fx
 from hypothesis import HealthCheck, given, settings

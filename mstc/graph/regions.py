@@ -79,7 +79,7 @@ def _token_axes(graph: fx.Graph, axes: Axes, taken: set[fx.Node]) -> Iterator[tu
     in products with weights comes first; where several have nearly the most, the longest.
     """
     products = [n for n in graph.nodes if _has_weight(n)]
-    features = {a for n in products for o in operands_of(n) if _is_weight(o) for a in axes.of(o)}
+    features = {a for n in products if (weight := _weight_of(n)) is not None for a in axes.of(weight)}
     sequences, length = _sequences(graph, axes)
     tried: set[Axis] = set()
     while True:
@@ -233,7 +233,18 @@ def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes) -> bool:
 
 def _has_weight(node: fx.Node) -> bool:
     """Whether the node is a product with a parameter (or a buffer), perhaps cast or transposed."""
-    return is_heavy(node) and any(_is_weight(o) for o in operands_of(node))
+    return _weight_of(node) is not None
+
+
+def _weight_of(node: fx.Node) -> fx.Node | None:
+    """The operand of a product that is a parameter or a buffer: the right one where both could be."""
+    if not is_heavy(node):
+        return None
+    first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    for operand in (node.args[first + 1], node.args[first]):
+        if isinstance(operand, fx.Node) and _is_weight(operand):
+            return operand
+    return None
 
 
 def _is_weight(node: fx.Node) -> bool:

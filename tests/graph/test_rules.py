@@ -15,7 +15,6 @@ import torch
 import torch.fx as fx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testkit.op_cases import CASES, Pick
 from torch import Tensor
 
 from mstc.graph.axes import Tokenwise
@@ -26,6 +25,7 @@ from mstc.graph.rules.call import operands_of
 from mstc.graph.rules.pointwise import is_pointwise
 from mstc.ops.body import cut_of, forward_body
 from mstc.ops.pieces import balanced
+from testkit.op_cases import CASES, Pick
 
 aten = torch.ops.aten
 

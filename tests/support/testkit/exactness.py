@@ -20,6 +20,7 @@ from torch import Tensor
 import mstc
 import mstc.backend
 from mstc.graph.costs import is_heavy
+from mstc.graph.provenance import source_of
 from mstc.report import Report
 
 BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -112,12 +113,11 @@ def loops_of(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def products_outside(gm: fx.GraphModule) -> list[str]:
-    """Matrix products with a weight that no loop has taken, by the source line that they stand on."""
+    """Matrix products with a weight that no loop has taken, with their shapes and the source line they stand on."""
     found = []
     for node in gm.graph.nodes:
         if is_heavy(node) and any(i.op == "placeholder" for i in node.all_input_nodes):
-            trace = (node.meta.get("stack_trace") or "?").strip().splitlines()[-1].strip()
-            found.append(f"{node.name}: {trace}")
+            found.append(f"{node.name} {tuple(node.meta['val'].shape)} {source_of(node)}")
     return found
 
 

@@ -88,9 +88,8 @@ def causal(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> nn
 
     torch.manual_seed(0)
     known = {**_BASE, **CAUSAL.get(kind, EXPERTS.get(kind, {})), **settings}
-    config = config_of(kind, **known)
-    config.loss_type = "ForCausalLM"  # without it GPT-2 warns inside the loss, which breaks the graph
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config_of(kind, **known))
+    model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # without it GPT-2 warns, which breaks the graph
     return model.to(dtype).train()
 
 

@@ -193,9 +193,7 @@ def step_rows(p: Program) -> None:
 
 def step_broadcast(p: Program) -> None:
     x = flat(p, p.pick())
-    other = p.one(
-        (width(x),), (p.S, width(x)), (1, p.S, 1), (p.B, 1, width(x)), (p.S, 1), (1, 1, 1), (p.B, p.S, 1), ()
-    )
+    other = p.one((width(x),), (p.S, width(x)), (1, p.S, 1), (p.B, 1, width(x)), (p.S, 1), (1, 1, 1), (p.B, p.S, 1), ())
     p.keep(p.call(p.one(torch.add, torch.mul), x, p.leaf("p", *other)))
 
 

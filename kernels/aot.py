@@ -27,8 +27,10 @@ SHARED_LIMIT = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "gfx942": 64 * KIB}
 TILES = {"H": 4, "K": 128, "V": 128, "BT": 64}
 TYPES = {"bf16": 64, "fp32": 32}
 """Input dtype and the tile width that the launchers of the recurrences give it."""
-WHOLE = {"BK": 128, "BV": 128, "BS": 32}
+WHOLE = {"BK": 128, "BV": 128}
 """Softmax attention takes whole rows of K and V."""
+STEPS = {"bf16": 32, "fp32": 16}
+"""Keys per step of softmax attention."""
 SCAN = {"D": 1024, "N": 16, "BD": 32, "BN": 16}
 GATE = ("g:fp32",)
 
@@ -101,12 +103,21 @@ def compile_one(name: str, dtype: str, target: str) -> Row:
     folder, kernel = name.split()[0].split("/")
     module = import_module(f"mstc.kernels.{folder}.triton")
     function = getattr(module, kernel + "_kernel")
-    given = {**TILES, "BK": TYPES[dtype], "BV": TYPES[dtype], "HAS_G": True, "HAS_STATE": True, **constants}
+    given = {
+        **TILES,
+        "BK": TYPES[dtype],
+        "BV": TYPES[dtype],
+        "HAS_G": True,
+        "HAS_STATE": True,
+        "BS": STEPS[dtype],
+        **constants,
+    }
     constexprs = {n: given[n] for n in function.arg_names if n in given}
     plain = [n for n in function.arg_names if n not in given]
     signature = {n: _type_of(a, dtype) for n, a in zip(plain, arguments, strict=True)}
     source = ASTSource(function, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": module.WARPS[kernel]})
+    options = {"num_warps": module.WARPS[kernel], "num_stages": getattr(module, "STAGES", 3)}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     registers, spills = _resources(compiled.asm.get("cubin"))
     return Row(name, dtype, target, compiled.metadata.shared, registers, spills)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.fx as fx
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,7 @@ from mstc.options import parse_options
 from mstc.passes.base import Context
 from mstc.pipeline import run
 from mstc.report import Report
-from testkit.exactness import BOUNDS, gradient_errors, loops_of
+from testkit.exactness import BOUNDS, chunked, gradient_errors, loops_of
 from testkit.programs import random_program
 
 BOUND = BOUNDS[torch.float64]
@@ -99,3 +100,25 @@ def fuzz(examples: int, lower: str, derandomize: bool) -> list[int]:
 def test_random_programs_stay_equal() -> None:
     loops = fuzz(500, "eager", derandomize=True)
     assert sum(n > 0 for n in loops) > 250, "too few programs had a loop to say anything"
+
+
+@pytest.mark.slow
+def test_many_random_programs_stay_equal() -> None:
+    """Other programs in every run."""
+    fuzz(10_000, "eager", derandomize=False)
+
+
+def test_random_programs_through_the_whole_backend() -> None:
+    """The same through `torch.compile`, AOTAutograd included."""
+
+    @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=ALL_CHECKS)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        gm, p = random_program(data.draw)
+        torch._dynamo.reset()
+        chunk = data.draw(st.integers(1, p.B * p.S), label="chunk_tokens")
+        options = chunked(chunk, chunk, "aot_eager")
+        compiled = torch.compile(gm.forward, backend="mstc", options=options)
+        check_equal(outcome(compiled, p.inputs, p.names), outcome(gm.forward, p.inputs, p.names), gm.code)
+
+    check()

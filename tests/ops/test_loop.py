@@ -121,6 +121,19 @@ def test_two_micro_batches_accumulate() -> None:
     assert max(gradient_errors(got, expected).values()) <= 1e-9
 
 
+def test_a_second_batch_of_another_length() -> None:
+    """The same compiled function, compiled anew for another length: gradients of both add up as in eager."""
+    model = Tiny()
+    fast = compiled(step(model))
+    batches = (inputs(2, 23), inputs(1, 14), inputs(2, 23))
+    reference = Tiny()
+    sum(step(reference)(*b) for b in batches).backward()
+    for b in batches:
+        fast(*b).backward()
+    got = {n: p.grad for n, p in model.named_parameters()}
+    assert max(gradient_errors(got, {n: p.grad for n, p in reference.named_parameters()}).values()) <= 1e-9
+
+
 @pytest.mark.parametrize("incoming", [0.5, -3.0, 0.0])
 def test_incoming_gradient(incoming: float) -> None:
     """Not only the inputs' gradients scale with it, the weights' do."""

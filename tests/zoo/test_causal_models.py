@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from testkit.exactness import Comparison, chunked, compare, gradient_errors, gradients_of, products_outside
+from testkit.exactness import Comparison, chunked, compare, products_outside
 from testkit.float64 import true_float64
 from testkit.hf_models import CAUSAL, EXPERTS, causal, tokens
 
@@ -84,7 +84,7 @@ def test_experts_as_grouped_products_in_float32(kind: str) -> None:
     check_loops(result)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 @pytest.mark.inductor
 def test_exact_through_inductor(kind: str) -> None:
     with true_float64():
@@ -93,38 +93,12 @@ def test_exact_through_inductor(kind: str) -> None:
     check_loops(result)
 
 
-def test_checkpointed_layers_are_exact() -> None:
-    model = causal("llama")
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    with true_float64():
-        result = compared(model)
-    result.check()
-    check_loops(result)
-
-
-def test_a_second_batch_of_another_length() -> None:
-    """The same compiled function, recompiled for a new length; gradients of both add up as in eager."""
-    model = causal("qwen3", use_cache=False)
-    names = dict(model.named_parameters())
-    both = lambda fn: lambda a, b: fn(a) + fn(b)  # noqa: E731
-    fn = loss_of(model)
-    with true_float64():
-        torch._dynamo.reset()
-        batches = (tokens(2, 50), tokens(1, 33))
-        _, expected = gradients_of(both(fn), names, batches)
-        _, got = gradients_of(both(torch.compile(fn, backend="mstc", options=chunked())), names, batches)
-    assert max(gradient_errors(got, expected).values()) <= 1e-9
-
-
 @pytest.mark.parametrize("wanted", ["hidden", "vocabulary", "heads"])
 def test_lengths_that_equal_other_sizes(wanted: str) -> None:
     """S is found by how it flows, not by its value."""
     length = {"hidden": 32, "vocabulary": 96, "heads": 4}[wanted]
     model = causal("llama")
-    for batch in (1, 4):
-        with true_float64():
-            result = compare(
-                loss_of(model), dict(model.named_parameters()), (tokens(batch, length),), chunked(7, 5, "eager")
-            )
-        result.check()
-        check_loops(result)
+    with true_float64():
+        result = compare(loss_of(model), dict(model.named_parameters()), (tokens(2, length),), chunked(7, 5, "eager"))
+    result.check()
+    check_loops(result)

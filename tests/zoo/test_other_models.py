@@ -87,6 +87,7 @@ _MASKED = "AutoModelForMaskedLM"
 CASES: dict[str, Case] = {
     "nanogpt, fused attention": Case(lambda: NanoGPT(True), _text, 4),
     "nanogpt, written-out attention": Case(lambda: NanoGPT(False), _text, 4),
+    "nanogpt, checkpointed blocks": Case(lambda: NanoGPT(True, checkpointed=True), _text, 4),
     "bert": Case(lambda: from_auto(_MASKED, "bert", **_SMALL), _text, 4, (), _LANGUAGE),
     "roberta": Case(lambda: from_auto(_MASKED, "roberta", **_SMALL), _text, 4, (), _LANGUAGE),
     # One row per image: the head has no tokens.
@@ -131,7 +132,6 @@ def test_exact_and_in_loops(name: str) -> None:
     result.check()
     assert len(result.graphs) == 1
     left = products_outside(result.graphs[0])
-    assert len(left) == len(case.outside) and all(str(s) in text for s, text in zip(case.outside, left, strict=True)), (
-        left
-    )
+    assert len(left) == len(case.outside), left
+    assert all(str(shape) in text for shape, text in zip(case.outside, left, strict=True)), left
     assert result.loops >= case.loops

@@ -114,11 +114,11 @@ def loops_of(gm: fx.GraphModule) -> list[fx.Node]:
 
 def products_outside(gm: fx.GraphModule) -> list[str]:
     """Matrix products with a weight that no loop has taken, with their shapes and the source line they stand on."""
-    found = []
-    for node in gm.graph.nodes:
-        if is_heavy(node) and any(i.op == "placeholder" for i in node.all_input_nodes):
-            found.append(f"{node.name} {tuple(node.meta['val'].shape)} {source_of(node)}")
-    return found
+    return [
+        f"{node.name} {tuple(node.meta['val'].shape)} {source_of(node)}"
+        for node in gm.graph.nodes
+        if is_heavy(node) and any(i.op == "placeholder" for i in node.all_input_nodes)
+    ]
 
 
 def chunked(mini_sequence: int = 24, lm_head: int = 20, lower: str = "aot_eager", **more: Any) -> dict[str, Any]:

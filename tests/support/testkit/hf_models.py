@@ -44,7 +44,6 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "glm4": {},
     "starcoder2": {},
     "stablelm": {},
-    "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "nemotron": {},
     "smollm3": {},

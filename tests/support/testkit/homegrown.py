@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class CausalSelfAttention(nn.Module):
@@ -46,8 +47,11 @@ class Block(nn.Module):
 class NanoGPT(nn.Module):
     """Tied embeddings, learned positions, the shift inside the loss."""
 
-    def __init__(self, fused: bool, vocabulary: int = 96, width: int = 32, length: int = 64) -> None:
+    def __init__(
+        self, fused: bool, vocabulary: int = 96, width: int = 32, length: int = 64, checkpointed: bool = False
+    ) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, 4, length, fused) for _ in range(2))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
@@ -56,7 +60,7 @@ class NanoGPT(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         logits = self.lm_head(self.ln_f(x))
         return F.cross_entropy(logits[:, :-1].reshape(-1, logits.size(-1)), ids[:, 1:].reshape(-1))
 

@@ -1,0 +1,192 @@
+"""The normal form: functional, under one grad mode, with source lines; what it cannot keep is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import mstc.backend
+from mstc.graph.checker import check
+from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
+from mstc.graph.provenance import source_of
+
+aten = torch.ops.aten
+EAGER = {"lower": "eager"}
+
+
+def captured(fn: Callable[..., Any], *args: Any) -> NormalForm:
+    """The normal form of the one graph that Dynamo makes of a call."""
+    forms: list[NormalForm] = []
+
+    def spy(gm: fx.GraphModule, inputs: Any) -> NormalForm:
+        forms.append(normalize(gm, inputs))
+        return forms[-1]
+
+    torch._dynamo.reset()
+    with mock.patch.object(mstc.backend, "normalize", spy):
+        torch.compile(fn, backend="mstc", options=EAGER, fullgraph=True)(*args)
+    (form,) = forms
+    return form
+
+
+def refusals(fn: Callable[..., Any], *args: Any) -> list[str]:
+    mstc.clear_reports()
+    torch._dynamo.reset()
+    torch.compile(fn, backend="mstc", options=EAGER)(*args)
+    return [r.reason for report in mstc.reports() for r in report.refusals if r.pass_name == "normal_form"]
+
+
+def targets(form: NormalForm) -> list[Any]:
+    return [n.target for n in form.gm.graph.nodes if n.op == "call_function"]
+
+
+def x_of(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_large_ops_stay_whole() -> None:
+    weight, labels = x_of(7, 4), torch.randint(0, 7, (6,))
+
+    def fn(x: Tensor) -> Tensor:
+        y = F.layer_norm(x, (4,))
+        y = F.scaled_dot_product_attention(y, y, y)
+        return F.cross_entropy(F.linear(y, weight).reshape(-1, 7), labels)
+
+    found = targets(captured(fn, x_of(2, 3, 4)))
+    whole = (aten.layer_norm, aten.scaled_dot_product_attention, aten.linear, aten.cross_entropy_loss)
+    assert all(op.default in found for op in whole)
+
+
+def test_writes_in_place_are_gone() -> None:
+    def fn(x: Tensor) -> Tensor:
+        y = x * 2
+        y.add_(1)
+        y[:, 0] = 0.0
+        return y.sum()
+
+    form = captured(fn, x_of(3, 4))
+    check(form.gm)
+    assert not [t for t in targets(form) if t._schema.is_mutable]
+
+
+def test_a_mutated_input_is_copied_back_at_the_end() -> None:
+    def fn(buffer: Tensor, x: Tensor) -> Tensor:
+        buffer.mul_(0.5)
+        buffer.add_(x.detach())
+        return (x * buffer).sum()
+
+    x, eager, compiled = x_of(4), torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    fn(eager, x)
+    form = captured(fn, compiled, x)
+    assert torch.equal(eager, compiled)
+    writes = [n for n in form.gm.graph.nodes if n.target is aten.copy_.default]
+    assert len(writes) == 1 and writes[0].args[0].op == "placeholder"
+
+
+def test_running_statistics_are_updated_as_in_eager() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(6, 4, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(models[1], backend="mstc", options=EAGER)
+    torch.testing.assert_close(models[0](x), compiled(x))
+    for a, b in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_grad_is_written_as_detach() -> None:
+    def fn(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().amax(-1, keepdim=True)
+        return (x / scale).square().sum()
+
+    x = x_of(3, 4)
+    form = captured(fn, x)
+    check(form.gm)
+    assert aten.detach.default in targets(form)
+    needs = {n.target: n.meta["needs_grad"] for n in form.gm.graph.nodes if n.op == "call_function"}
+    assert not needs[aten.amax.default] and needs[aten.div.Tensor]
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(fn(x), x)[0]
+    got = torch.autograd.grad(torch.compile(fn, backend="mstc", options=EAGER)(x), x)[0]
+    torch.testing.assert_close(got, expected)
+
+
+def test_inference_is_told_from_training() -> None:
+    fn = lambda x: (x * 2).sum()  # noqa: E731
+    assert captured(fn, x_of(3)).training
+    assert not captured(fn, x_of(3).detach()).training
+    with torch.no_grad():
+        assert not captured(fn, x_of(3)).training
+
+
+def test_a_checkpointed_block_is_inlined_and_tagged() -> None:
+    weight = x_of(4, 4)
+
+    def fn(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: F.silu(F.linear(y, weight)), x, use_reentrant=False).sum()
+
+    form = captured(fn, x_of(3, 4))
+    check(form.gm)
+    tagged = {n.target for n in form.gm.graph.nodes if "recompute" in n.meta}
+    assert aten.linear.default in tagged and aten.silu.default in tagged and aten.sum.default not in tagged
+
+
+def test_a_higher_order_op_is_refused() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,)).sum()
+
+    found = refusals(fn, torch.randn(4))
+    assert len(found) == 1 and "higher-order op cond" in found[0]
+
+
+def test_autocast_is_refused_and_left_as_it_was() -> None:
+    weight = torch.randn(4, 4)
+
+    def fn(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(x, weight).float().sum()
+
+    x = torch.randn(3, 4)
+    assert any("autocast" in reason for reason in refusals(fn, x))
+    torch.testing.assert_close(torch.compile(fn, backend="mstc", options=EAGER)(x), fn(x))
+
+
+def test_an_input_that_changes_its_shape_is_refused() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_method("t_", (x,)),))
+    with pytest.raises(NotNormalError, match="shape or strides changed in place"):
+        normalize(fx.GraphModule(nn.Module(), graph), [torch.randn(2, 3)])
+
+
+def test_source_lines_are_kept() -> None:
+    weight = x_of(4, 4)
+
+    def fn(x: Tensor) -> Tensor:
+        y = F.linear(x, weight)  # this line
+        return y.sum()
+
+    form = captured(fn, x_of(3, 4))
+    (linear,) = form.gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    file, line = source_of(linear).rsplit(":", 1)
+    assert file.endswith("test_normal_form.py")
+    with open(__file__, encoding="utf-8") as f:
+        assert "this line" in f.readlines()[int(line) - 1]
+
+
+def test_dropout_that_drops_nothing_is_gone() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return (F.dropout(x, 0.0, True) + F.dropout(x, 0.5, False)).sum()
+
+    assert aten.dropout.default not in targets(captured(fn, x_of(3, 4)))
+    assert aten.dropout.default in targets(captured(lambda x: F.dropout(x, 0.5, True).sum(), x_of(3, 4)))

@@ -85,8 +85,9 @@ def narrowest(
         _edge(graph, (sink, 0), "sink", math.inf)
     if "source" not in graph or "sink" not in graph:
         return ancestors(sinks, within)
-    _, (near, _far) = nx.minimum_cut(graph, "source", "sink")
-    return {n for n in ancestors(sinks, within) if (n, 0) not in near}
+    # Of several minimum cuts networkx gives the one nearest to the target; so the source is made that.
+    _, (_, near) = nx.minimum_cut(graph.reverse(copy=True), "sink", "source")
+    return ancestors(sinks, {n for n in within if (n, 0) not in near})
 
 
 def _edge(graph: nx.DiGraph, a: object, b: object, capacity: float) -> None:

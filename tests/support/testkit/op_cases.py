@@ -384,6 +384,7 @@ CASES: dict[Any, Case] = {
         ),
         _one(),
     ),
+    aten.broadcast_tensors.default: lambda p: ([p.tensor(s := p.shape()), p.tensor(p.smaller(s))],),
     aten.copy.default: _copy,
     **dict.fromkeys((aten.floor_divide.default, aten.true_divide.Tensor, aten.type_as.default), _two()),
     aten.type_as.default: _copy,

@@ -1,0 +1,95 @@
+"""Regions: maximal convex tokenwise stretches, with what enters and leaves them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from testkit.capture import labels_of, node, randn, regions_of
+
+aten = torch.ops.aten
+UP, DOWN = randn(12, 4), randn(4, 12)
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return x + F.linear(F.silu(F.linear(x, up)), down)
+
+
+def attended(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Region, mixer, region."""
+    y = mlp(x, up, down)
+    y = y + F.scaled_dot_product_attention(y, y, y, is_causal=True)
+    return mlp(y, up, down)
+
+
+def test_a_mixer_parts_two_regions() -> None:
+    graph, _, regions = regions_of(attended, randn(2, 7, 4), UP, DOWN)
+    attention = node(graph, aten.scaled_dot_product_attention.default)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    assert len(regions) == 2
+    assert all(order[n] < order[attention] for n in regions[0].nodes)
+    assert all(order[n] > order[attention] for n in regions[1].nodes)
+    assert [len(r.heavy) for r in regions] == [2, 2]
+
+
+def test_inputs_outputs_and_weights() -> None:
+    graph, _, regions = regions_of(attended, randn(2, 7, 4), UP, DOWN)
+    x, up, down = graph.find_nodes(op="placeholder")
+    first, second = regions
+    assert [n for n, _ in first.tokens] == [x] and set(first.shared) == {up, down}
+    assert len(first.outputs) == 1 and first.outputs[0][0].target is aten.add.Tensor
+    attention = node(graph, aten.scaled_dot_product_attention.default)
+    assert {n for n, _ in second.tokens} == {attention, first.outputs[0][0]}
+    assert [n for n, _ in second.outputs] == list(graph.output_node().args[0])
+
+
+def test_regions_are_convex() -> None:
+    """A path that leaves a region never comes back, whatever bypasses the mixer."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        early = mlp(x, up, down)
+        late = mlp(early - early.mean(1, keepdim=True), up, down)
+        return early * late + x
+
+    _, _, regions = regions_of(fn, randn(2, 7, 4), UP, DOWN)
+    assert len(regions) == 2
+    for region in regions:
+        inside, reached = set(region.nodes), set()
+        stack = [u for n in region.nodes for u in n.users if u not in inside]
+        while stack:
+            outside = stack.pop()
+            if outside in reached:
+                continue
+            reached.add(outside)
+            assert outside not in inside, f"{labels_of(region.nodes)} is left and entered again"
+            stack.extend(outside.users)
+
+
+def test_a_sum_over_tokens_ends_the_region() -> None:
+    graph, _, regions = regions_of(lambda x, up, down: mlp(x, up, down).square().sum(), randn(2, 7, 4), UP, DOWN)
+    (region,) = regions
+    assert region.sums == (node(graph, aten.sum.default),) and not region.outputs
+
+
+def test_a_gradient_free_stretch_without_products_is_no_region() -> None:
+    assert regions_of(lambda x: (x.sin() * 2).cumsum(1), randn(2, 7, 4))[2] == []
+
+
+def test_the_sequence_is_cut_not_the_batch() -> None:
+    _, _, regions = regions_of(attended, randn(9, 7, 4), UP, DOWN)
+    assert {r.n for r in regions} == {7}
+
+
+def test_a_batch_is_cut_where_there_is_no_sequence() -> None:
+    (region,) = regions_of(mlp, randn(9, 4), UP, DOWN)[2]
+    assert region.n == 9
+
+
+def test_positions_stay_outside() -> None:
+    def fn(x: Tensor, positions: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return mlp(x * positions.unsqueeze(-1).cos(), up, down)
+
+    graph, _, (region,) = regions_of(fn, randn(2, 7, 4), torch.arange(7), UP, DOWN)
+    assert node(graph, aten.cos.default) not in region.nodes
+    assert node(graph, aten.mul.Tensor) in region.nodes

@@ -1,0 +1,57 @@
+"""How many chunks: as asked, or where it pays."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+from torch.nn import functional as F
+
+from mstc.graph.regions import Region
+from mstc.ops.pieces import balanced
+from mstc.plan.chunks import choose
+from testkit.capture import meta, regions_of
+
+
+def region(length: int, width: int = 64, inner: int = 256, batch: int = 1) -> Region:
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        y = F.linear(F.silu(F.linear(x, up)), down)
+        return F.scaled_dot_product_attention(y, y, y)
+
+    (found,) = regions_of(fn, meta(batch, length, width), meta(inner, width), meta(width, inner))[2]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "asked", "count"),
+    [(100, 1, 10, 10), (100, 1, 30, 4), (100, 2, 30, 7), (100, 1, 100, 1), (100, 1, 1000, 1), (5, 8, 1, 5)],
+)
+def test_as_many_tokens_per_chunk_as_asked(length: int, batch: int, asked: int, count: int) -> None:
+    assert choose(region(length, batch=batch), asked).count == count
+
+
+def test_no_chunk_is_larger_than_asked() -> None:
+    for length in range(2, 40):
+        for asked in range(1, length + 1):
+            chunks = balanced(length, choose(region(length), asked).count)
+            assert max(size for _, size in chunks) <= asked
+            assert sum(size for _, size in chunks) == length
+
+
+def test_auto_declines_where_chunks_do_not_pay() -> None:
+    short, thin = choose(region(512, 512, 2048), "auto"), choose(region(4096, 8, 8), "auto")
+    assert short.count == thin.count == 1
+    assert "would not pay" in short.reason and "would not pay" in thin.reason
+
+
+def test_auto_chunks_long_sequences_evenly() -> None:
+    found = choose(region(8192, 512, 1792), "auto")
+    assert found.count > 1 and 8192 % found.count == 0
+    assert "tokens per chunk" in found.reason
+
+
+@pytest.mark.parametrize(("n", "count"), [(10, 3), (9, 3), (1, 1), (7, 7), (100, 9)])
+def test_balanced_chunks(n: int, count: int) -> None:
+    chunks = balanced(n, count)
+    sizes = [size for _, size in chunks]
+    assert len(chunks) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
+    assert [start for start, _ in chunks] == [sum(sizes[:i]) for i in range(count)]

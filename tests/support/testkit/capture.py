@@ -1,0 +1,58 @@
+"""Normal forms of small functions, without Dynamo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from mstc.graph.axes import Axes
+from mstc.graph.normal_form import normalize
+from mstc.graph.regions import Region, find_regions
+
+
+class _Function(nn.Module):
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+def normal_graph(fn: Callable[..., Any], *inputs: Tensor) -> fx.Graph:
+    """The graph of ``fn`` in normal form; ``fn`` returns a tensor or a tuple of tensors."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = [fx.Proxy(graph.placeholder(f"x{i}"), tracer) for i in range(len(inputs))]
+    out = fn(*proxies)
+    values = out if isinstance(out, tuple) else (out,)
+    graph.output(tuple(v.node for v in values))
+    return normalize(fx.GraphModule(nn.Module(), graph), list(inputs)).gm.graph
+
+
+def regions_of(fn: Callable[..., Any], *inputs: Tensor) -> tuple[fx.Graph, Axes, list[Region]]:
+    graph = normal_graph(fn, *inputs)
+    axes = Axes(graph)
+    return graph, axes, find_regions(graph, axes)
+
+
+def node(graph: fx.Graph, target: Any, number: int = 0) -> fx.Node:
+    """The call of an op, counted from the first."""
+    return graph.find_nodes(op="call_function", target=target)[number]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+def meta(*shape: int) -> Tensor:
+    """A tensor of any size that holds nothing."""
+    return torch.empty(shape, device="meta").requires_grad_()
+
+
+def labels_of(nodes: Sequence[fx.Node]) -> list[str]:
+    return [n.name for n in nodes]

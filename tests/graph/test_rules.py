@@ -25,7 +25,8 @@ from mstc.graph.rules.call import operands_of
 from mstc.graph.rules.pointwise import is_pointwise
 from mstc.ops.body import cut_of, forward_body
 from mstc.ops.pieces import balanced
-from testkit.op_cases import CASES, Pick
+from testkit.op_cases import CASES
+from testkit.pick import Pick
 
 aten = torch.ops.aten
 

@@ -6,71 +6,18 @@ A case draws the arguments of one call; tensors in them become the call's operan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
-from torch import Tensor
+
+from testkit.pick import Pick
 
 aten = torch.ops.aten
 Args = tuple[Any, ...]
-Case = Callable[["Pick"], "Args | tuple[Args, dict[str, Any]]"]
+Case = Callable[[Pick], "Args | tuple[Args, dict[str, Any]]"]
 
-SIZES = (1, 2, 3, 4, 6)
 NONE, MEAN = 0, 1
-
-
-class Pick:
-    """Draws sizes, flags and tensors."""
-
-    def __init__(self, draw: Callable[..., Any]) -> None:
-        self._draw = draw
-        self._random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-
-    def int(self, low: int, high: int) -> int:
-        return int(self._draw(st.integers(low, high)))
-
-    def flag(self) -> bool:
-        return bool(self._draw(st.booleans()))
-
-    def one(self, *values: Any) -> Any:
-        return self._draw(st.sampled_from(values))
-
-    def size(self) -> int:
-        return int(self._draw(st.sampled_from(SIZES)))
-
-    def shape(self, low: int = 1, high: int = 4) -> list[int]:
-        return [self.size() for _ in range(self.int(low, high))]
-
-    def tensor(self, shape: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        if dtype.is_floating_point:
-            return torch.randn(shape, dtype=dtype, generator=self._random)
-        return torch.randint(0, 2, shape, generator=self._random).to(dtype)
-
-    def indices(self, shape: list[int], below: int) -> Tensor:
-        return torch.randint(0, below, shape, generator=self._random)
-
-    def dim(self, shape: list[int]) -> int:
-        return self.int(-len(shape), len(shape) - 1)
-
-    def dims(self, shape: list[int]) -> list[int]:
-        chosen = self._draw(st.lists(st.sampled_from(range(len(shape))), unique=True, min_size=1))
-        return [d - len(shape) if self.flag() else d for d in chosen]
-
-    def smaller(self, shape: list[int]) -> list[int]:
-        """A shape that broadcasts to ``shape``: leading dimensions left out, others 1."""
-        return [1 if self.flag() else n for n in shape[self.int(0, len(shape)) :]]
-
-    def regroup(self, shape: list[int]) -> list[int]:
-        """Another shape of as many elements."""
-        left, result = math.prod(shape), []
-        while left > 1 and len(result) < 4:
-            divisors = [d for d in range(1, left + 1) if left % d == 0]
-            result.append(self._draw(st.sampled_from(divisors)))
-            left //= result[-1]
-        return [*result, left]
 
 
 # ------------------------------------------------------------------ pointwise
@@ -91,6 +38,10 @@ def _two(dtype: torch.dtype = torch.float64) -> Case:
         )
 
     return case
+
+
+def _with_integer(p: Pick) -> Args:
+    return p.tensor(p.shape(), torch.long), 1
 
 
 def _copy(p: Pick) -> Args:
@@ -268,6 +219,11 @@ def _dim_keep(dtype: torch.dtype = torch.float64, none: bool = False) -> Case:
     return case
 
 
+def _vector_norm(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), p.one(1, 2), p.one(None, p.dims(shape)), p.flag()
+
+
 def _norm_dims(p: Pick) -> Args:
     shape = p.shape()
     return p.tensor(shape), p.one(1, 2, 3), p.dims(shape), p.flag()
@@ -373,7 +329,7 @@ def _attention(p: Pick) -> Args | tuple[Args, dict[str, Any]]:
 CASES: dict[Any, Case] = {
     aten.dropout.default: lambda p: (p.tensor(p.shape()), *p.one((0.5, False), (0.0, True))),
     **dict.fromkeys((aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor), _two(torch.bool)),
-    **dict.fromkeys((aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar), lambda p: (p.tensor(p.shape(), torch.long), 1)),
+    **dict.fromkeys((aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar), _with_integer),
     aten._to_copy.default: lambda p: ((p.tensor(p.shape()),), {"dtype": torch.float32}),
     aten.to.dtype: _one(torch.float32),
     **dict.fromkeys(
@@ -426,7 +382,9 @@ CASES: dict[Any, Case] = {
     aten.bmm.default: _bmm,
     aten.baddbmm.default: _baddbmm,
     aten.matmul.default: _matmul,
-    **dict.fromkeys((aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.var.default), _one()),
+    **dict.fromkeys(
+        (aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.var.default), _one()
+    ),
     aten.norm.Scalar: _one(3),
     **dict.fromkeys(
         (
@@ -436,7 +394,7 @@ CASES: dict[Any, Case] = {
         _dims_keep(),
     ),
     **dict.fromkeys((aten.var.correction, aten.std.correction), _dims_keep({"correction": 0})),
-    aten.linalg_vector_norm.default: lambda p: (p.tensor(s := p.shape()), p.one(1, 2), p.one(None, p.dims(s)), p.flag()),
+    aten.linalg_vector_norm.default: _vector_norm,
     aten.norm.ScalarOpt_dim: _norm_dims,
     **dict.fromkeys((aten.max.dim, aten.min.dim, aten.prod.dim_int), _dim_keep()),
     **dict.fromkeys((aten.all.dim, aten.any.dim), _dim_keep(torch.bool)),
@@ -457,7 +415,10 @@ CASES: dict[Any, Case] = {
     aten.cross_entropy_loss.default: _cross_entropy,
     **dict.fromkeys((aten.nll_loss.default, aten.nll_loss_nd.default), _nll),
     **dict.fromkeys(
-        (aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.kl_div.default),
+        (
+            aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
+            aten.kl_div.default,
+        ),
         _pair,
     ),
     aten.binary_cross_entropy_with_logits.default: _bce,

@@ -27,6 +27,9 @@ from mstc.graph.sizes import Size
 
 aten = torch.ops.aten
 
+# What runs over a sequence without being a mixer of its own name.
+_SCANS = (aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
+
 # Tokenwise along batch or query axes, but never worth running piece by piece with recomputation:
 # attention costs most to run again, and a table's gradient is a scatter into the whole table.
 _LEFT_OUT = (aten.scaled_dot_product_attention.default, aten.embedding.default)
@@ -225,6 +228,8 @@ def _may_enter(node: fx.Node) -> bool:
 def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes) -> bool:
     """Whether the node ties indices of the axis together as attention and scans do, not as norms and weights do."""
     if node.target is aten.scaled_dot_product_attention.default or axes.flow(node) is None:
+        return True
+    if node.target in _SCANS:
         return True
     if len(axes.places(node, axis)) > 1:
         return True

@@ -88,8 +88,7 @@ def _squeeze_dims(p: Pick) -> Args:
 
 def _permute(p: Pick) -> Args:
     shape = p.shape()
-    order = p._draw(st.permutations(range(len(shape))))
-    return p.tensor(shape), [d - len(shape) if p.flag() else d for d in order]
+    return p.tensor(shape), [d - len(shape) if p.flag() else d for d in p.order(len(shape))]
 
 
 def _expand(p: Pick) -> Args:

@@ -46,6 +46,9 @@ class Pick:
     def dim(self, shape: list[int]) -> int:
         return self.int(-len(shape), len(shape) - 1)
 
+    def order(self, count: int) -> list[int]:
+        return list(self._draw(st.permutations(range(count))))
+
     def dims(self, shape: list[int]) -> list[int]:
         chosen = self._draw(st.lists(st.sampled_from(range(len(shape))), unique=True, min_size=1))
         return [d - len(shape) if self.flag() else d for d in chosen]

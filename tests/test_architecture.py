@@ -28,6 +28,7 @@ FLOORS = {
     "mstc.pipeline": 4,
     "mstc.lower": 4,
     "mstc.verify": 4,
+    "mstc.assume": 4,
     "mstc.dump": 4,
     "mstc.backend": 5,
     "mstc.wrapper": 5,

@@ -12,16 +12,21 @@ from torch import Tensor
 
 from mstc.cli.console import make_console
 from mstc.cli.environment import describe_machine, describe_versions
+from mstc.kernels import aot
 
 __all__ = ["doctor"]
 
 
 @click.command()
-def doctor() -> None:
+@click.option("--kernels", is_flag=True, help="Compile every Triton kernel for its targets; print what each needs.")
+def doctor(kernels: bool) -> None:
     """Print versions, devices, whether torch.compile knows the backend, and a self-check.
 
     Exit status 1 when the backend is not registered or the self-check fails.
     """
+    if kernels:
+        click.echo(aot.to_text(list(aot.compile_all())))
+        return
     registered = "mstc" in torch.compiler.list_backends()
     check = (
         _self_check() if registered else "not run: the backend is not registered; install the package (pip install .)"

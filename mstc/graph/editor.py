@@ -22,7 +22,14 @@ def has_order(node: fx.Node) -> bool:
     """Whether the node must keep its place among others of its kind: it draws random numbers or writes."""
     if node.op != "call_function" or not isinstance(node.target, compat.OpOverload):
         return False
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
     return torch.Tag.nondeterministic_seeded in node.target.tags or bool(node.target._schema.is_mutable)
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Attention is tagged random, but without dropout it may go when nothing reads it."""
+    return node.target is torch.ops.aten.scaled_dot_product_attention.default and not has_order(node)
 
 
 class Editor:
@@ -123,7 +130,7 @@ class Editor:
         """Bring the nodes into a valid order, drop dead ones, check and recompile."""
         graph = self.gm.graph
         self._sort()
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() and not _draws_nothing(n))
         graph.lint()
         self.gm.recompile()
 

@@ -11,10 +11,9 @@ import torch.fx as fx
 
 from mstc.graph.editor import Editor
 from mstc.graph.provenance import source_of
+from mstc.ops.build import Compiler
 from mstc.options import Options
 from mstc.report import Fidelity, Refusal
-
-Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
 
 
 def _no_compiler(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:

@@ -19,7 +19,6 @@ from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.regions import find_regions
 from mstc.graph.rules.call import Call
-from mstc.graph.sizes import shape_of
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
 
@@ -151,4 +150,4 @@ def _cast(editor: Editor, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> 
 
 TOKEN_LOSSES = Pass("token_losses", "lm_head", Fidelity.ROUNDING, find, apply)
 
-__all__ = ["TOKEN_LOSSES", "LossSite", "shape_of"]
+__all__ = ["TOKEN_LOSSES", "LossSite"]

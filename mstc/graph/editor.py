@@ -81,26 +81,11 @@ class Editor:
         """Add ``node[index]`` right behind ``node``."""
         return self.call(operator.getitem, (node, index), like=like, before=node.next)
 
-    def constant(self, name: str, value: torch.Tensor, *, like: fx.Node) -> fx.Node:
-        """Add a tensor constant to the module and a ``get_attr`` of it."""
-        while hasattr(self.gm, name):
-            name += "_"
-        self.gm.register_buffer(name, value, persistent=False)
-        with self.gm.graph.inserting_before(like):
-            node = self.gm.graph.get_attr(name)
-        node.meta["val"] = self._mode.from_tensor(value)
-        node.meta["needs_grad"] = False
-        return node
-
     def replace(self, old: fx.Node, new: fx.Node, what: str) -> None:
         """Let every user of ``old`` use ``new``; ``old`` goes when nothing needs it."""
         old.replace_all_uses_with(new, propagate_meta=False)
         self._replaced[old] = new
         self.edits.append(Edit(self.pass_name, what, (new.name,), (old.name,), source_of(old)))
-
-    def replace_input(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        """Let one user use ``new`` instead of ``old``."""
-        node.replace_input_with(old, new)
 
     def replace_many(self, pairs: Iterable[tuple[fx.Node, fx.Node]], removed: Iterable[str], what: str) -> None:
         """Replace several values by the outputs of one new node, recorded as one edit."""

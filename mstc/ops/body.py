@@ -14,8 +14,7 @@ product.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -378,17 +377,13 @@ def run_fake(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], mode: compat.Fa
         return list(fx.Interpreter(gm).run(*inputs))
 
 
-Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
-
 __all__ = [
     "BackwardBody",
-    "Compiler",
     "Factors",
     "Value",
     "backward_body",
     "cut_of",
     "flops_of",
     "forward_body",
-    "operator",
     "run_fake",
 ]

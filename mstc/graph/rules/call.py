@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -92,8 +91,3 @@ def without(rank: int, lost: dict[int, Lost], removed: bool) -> Map:
             result.append(position)
             position += 1
     return tuple(result)
-
-
-def accepts(rule: Rule) -> bool:
-    """Whether a value has the signature of a rule (used by the tests of the table)."""
-    return len(inspect.signature(rule).parameters) == 1

@@ -33,6 +33,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "Traced",
+    "allocating_by",
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
@@ -45,6 +46,7 @@ __all__ = [
     "lower_with",
     "mode_settings",
     "name_constants",
+    "references",
     "trace_flat",
     "trace_functional",
     "tree_leaves",
@@ -218,6 +220,27 @@ def without_cudagraphs() -> Iterator[None]:
     """A loop body runs inside an operator, where a CUDA graph of its own cannot be recorded."""
     with inductor_config.patch({"triton.cudagraphs": False}):
         yield
+
+
+@contextlib.contextmanager
+def allocating_by(empty_strided: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Code that Inductor writes meanwhile asks ``empty_strided(shape, stride, dtype)`` for its CPU buffers.
+
+    Its wrapper binds ``torch._C._dynamo.guards._empty_strided_cpu`` when it is loaded, and offers no other hook. A wrapper
+    that was loaded before (the same code in another graph) keeps the allocator that it has: slower, never wrong.
+    """
+    guards = torch._C._dynamo.guards
+    plain = guards._empty_strided_cpu
+    guards._empty_strided_cpu = empty_strided
+    try:
+        yield
+    finally:
+        guards._empty_strided_cpu = plain
+
+
+def references(storage: torch.UntypedStorage) -> int:
+    """How many tensors and Python objects share a storage's memory (public PyTorch does not tell)."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.ops.workspace import empty_strided
 from mstc.report import Refusal, Report
 
 
@@ -55,7 +56,7 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
         if name == "eager":
             return gm.forward
         mode = compat.fake_mode_of_values(fakes)
-        with compat.isolated_tracing(mode), compat.without_cudagraphs(), torch.no_grad():
+        with compat.isolated_tracing(mode), compat.without_cudagraphs(), compat.allocating_by(empty_strided), torch.no_grad():
             return lower(gm, fakes, name)
 
     return compile_body

@@ -56,7 +56,12 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
         if name == "eager":
             return gm.forward
         mode = compat.fake_mode_of_values(fakes)
-        with compat.isolated_tracing(mode), compat.without_cudagraphs(), compat.allocating_by(empty_strided), torch.no_grad():
+        with (
+            compat.isolated_tracing(mode),
+            compat.without_cudagraphs(),
+            compat.allocating_by(empty_strided),
+            torch.no_grad(),
+        ):
             return lower(gm, fakes, name)
 
     return compile_body

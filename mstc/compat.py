@@ -227,7 +227,7 @@ def allocating_by(empty_strided: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Code that Inductor writes meanwhile asks ``empty_strided(shape, stride, dtype)`` for its CPU buffers.
 
     Its wrapper binds ``torch._C._dynamo.guards._empty_strided_cpu`` when it is loaded, and offers no other hook. A
-    wrapper that was loaded before (the same code in another graph) keeps the allocator that it has: slower, never wrong.
+    wrapper that was loaded before (the same code in another graph) keeps the allocator it has: slower, never wrong.
     """
     guards = torch._C._dynamo.guards
     plain = guards._empty_strided_cpu

@@ -229,7 +229,7 @@ def allocating_by(empty_strided: Callable[..., torch.Tensor]) -> Iterator[None]:
     Its wrapper binds ``torch._C._dynamo.guards._empty_strided_cpu`` when it is loaded, and offers no other hook. A
     wrapper that was loaded before (the same code in another graph) keeps the allocator it has: slower, never wrong.
     """
-    guards = torch._C._dynamo.guards
+    guards: Any = torch._C._dynamo.guards
     plain = guards._empty_strided_cpu
     guards._empty_strided_cpu = empty_strided
     try:

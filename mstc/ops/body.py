@@ -371,12 +371,6 @@ def flops_of(gm: fx.GraphModule) -> float:
     return total
 
 
-def run_fake(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], mode: compat.FakeTensorMode) -> list[torch.Tensor]:
-    """The body's results on fake inputs."""
-    with mode, torch.no_grad():
-        return list(fx.Interpreter(gm).run(*inputs))
-
-
 __all__ = [
     "BackwardBody",
     "Factors",
@@ -385,5 +379,4 @@ __all__ = [
     "cut_of",
     "flops_of",
     "forward_body",
-    "run_fake",
 ]

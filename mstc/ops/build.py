@@ -13,7 +13,7 @@ from mstc import compat
 from mstc.graph.regions import Region
 from mstc.graph.text import canonical_text, digest
 from mstc.ops import program as programs
-from mstc.ops.body import BackwardBody, Value, backward_body, flops_of, forward_body, run_fake
+from mstc.ops.body import BackwardBody, Value, backward_body, flops_of, forward_body
 from mstc.ops.pieces import balanced
 from mstc.ops.program import Backward, Program
 
@@ -67,7 +67,8 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
         fakes = [v.fake(mode, length) for v in (*tokens, *shared)]
         body = forward_body(region, length)
         with compat.isolated_tracing(mode):
-            results = run_fake(body, fakes, mode)
+            # As the loop reads and writes them: dense, whatever views the body returns.
+            results = [v.fake(mode, length) for v in (*outputs, *sums)]
             if differentiable:
                 traced = backward_body(
                     body,

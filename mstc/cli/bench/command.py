@@ -60,7 +60,7 @@ def bench(
     threads: int | None,
     **work: Any,
 ) -> None:
-    """Measure training steps (forward and backward) of a Hugging Face Llama with random weights.
+    """Measure training steps (forward and backward) of a model with random weights.
 
     Every run is a process of its own; the systems take turns in each round. Peak memory is above
     what rests between steps. Exit status 1 when a system failed.

@@ -1,4 +1,4 @@
-"""The models that are measured: Hugging Face's, unmodified, with random weights."""
+"""The models that are measured, with random weights: Hugging Face's Llama, unmodified, and written-out attention."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from mstc.cli.bench.written import KINDS, WrittenDecoder
+
 __all__ = ["MODELS", "ModelSize", "build_model"]
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The sizes of a Llama: width, MLP width, layers, heads, key/value heads, vocabulary."""
+    """The sizes of a Llama: width, MLP width, layers, heads, key/value heads, vocabulary.
+
+    attention: a kind of `mstc.cli.bench.written` instead of a Llama.
+    """
 
     hidden: int
     intermediate: int
@@ -20,20 +25,26 @@ class ModelSize:
     heads: int
     kv_heads: int
     vocab: int
+    attention: str = ""
 
 
 MODELS: dict[str, ModelSize] = {
     "llama": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000),
     "llama-bytes": ModelSize(hidden=128, intermediate=448, layers=4, heads=4, kv_heads=2, vocab=256),
     "llama-tiny": ModelSize(hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=256),
+    **{
+        f"written-{kind}": ModelSize(256, 0, layers=2, heads=4, kv_heads=4, vocab=256, attention=kind) for kind in KINDS
+    },
 }
 
 
 def build_model(size: ModelSize, layers: int | None = None) -> nn.Module:
-    """A Hugging Face Llama of this size in training mode; the caller seeds it and places it."""
+    """A model of this size in training mode; the caller seeds it and places it."""
+    size = replace(size, layers=layers or size.layers)
+    if size.attention:
+        return WrittenDecoder(size.attention, size.hidden, size.layers, size.heads, size.vocab).train()
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = replace(size, layers=layers or size.layers)
     config = LlamaConfig(
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,

@@ -43,7 +43,7 @@ def mode_settings(mode: str | None, looping: Report | None = None) -> dict[str, 
                 "",
                 "",
                 f"mode {mode!r} asks for CUDA graphs, which are switched off for a graph with loops",
-                'set options={"mini_sequence": False, "lm_head": False} to have CUDA graphs',
+                'set options={"mini_sequence": False, "lm_head": False, "query_chunks": False} to have CUDA graphs',
             )
         )
     return settings

@@ -17,7 +17,17 @@ from typing import Any, Literal
 
 from mstc.errors import OptionError
 
-__all__ = ["PASSES", "LmHead", "Masks", "MiniSequence", "Options", "Recompute", "parse_options"]
+__all__ = [
+    "PASSES",
+    "LmHead",
+    "Masks",
+    "MiniSequence",
+    "Options",
+    "QueryChunks",
+    "Recompute",
+    "WrittenAttention",
+    "parse_options",
+]
 
 ChunkTokens = int | Literal["auto"]
 
@@ -32,6 +42,21 @@ class Masks:
 @dataclass(frozen=True)
 class MiniSequence:
     """Run tokenwise regions chunk by chunk; ``chunk_tokens`` is a count or "auto"."""
+
+    enabled: bool = True
+    chunk_tokens: ChunkTokens = "auto"
+
+
+@dataclass(frozen=True)
+class WrittenAttention:
+    """Attention written out as matmul, softmax, matmul becomes ``scaled_dot_product_attention`` where that is equal."""
+
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class QueryChunks:
+    """Run other written-out attention by chunks of queries; ``chunk_tokens`` is a count of queries or "auto"."""
 
     enabled: bool = True
     chunk_tokens: ChunkTokens = "auto"
@@ -61,6 +86,8 @@ class Options:
     """
 
     masks: Masks = Masks()
+    written_attention: WrittenAttention = WrittenAttention()
+    query_chunks: QueryChunks = QueryChunks()
     mini_sequence: MiniSequence = MiniSequence()
     lm_head: LmHead = LmHead()
     recompute: Recompute = Recompute()
@@ -158,6 +185,8 @@ _BYTES_OR_AUTO = _Rule('bytes (an int from 0 on) or "auto"', lambda v: _is_int(v
 
 _SETTINGS: dict[str, dict[str, _Rule]] = {
     "masks": {},
+    "written_attention": {},
+    "query_chunks": {"chunk_tokens": _CHUNK},
     "mini_sequence": {"chunk_tokens": _CHUNK},
     "lm_head": {"chunk_tokens": _CHUNK},
     "recompute": {"offload": _BOOL},
@@ -192,6 +221,8 @@ _BUDGET = {"total": _BYTES, "outside": _BYTES_OR_AUTO}
 
 _RECORDS: dict[str, type] = {
     "masks": Masks,
+    "written_attention": WrittenAttention,
+    "query_chunks": QueryChunks,
     "mini_sequence": MiniSequence,
     "lm_head": LmHead,
     "recompute": Recompute,

@@ -1,11 +1,12 @@
-"""Replacing a region by a loop: shared by `lm_head` and `mini_sequence`.
+"""Replacing a region by a loop: shared by `lm_head`, `mini_sequence` and `query_chunks`.
 
-A loop computes the same nodes on chunks of tokens. Values are equal up to rounding: matrix products of
+A loop computes the same nodes on chunks of tokens (or of queries). Values are equal up to rounding: matrix products of
 other shapes may sum in another order, and gradients of shared inputs are summed chunk by chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,8 @@ class LoopSite:
     """A region that is to run as a loop.
 
     chunks: how many; kept: for each output, whether it is kept anyway; recompute: the loop runs
-    again in the backward; loss: gradients are computed in the forward; label: for people.
+    again in the backward; loss: gradients are computed in the forward; label: for people;
+    mixer: the loop runs over the queries of an attention.
     """
 
     region: Region
@@ -34,6 +36,7 @@ class LoopSite:
     recompute: bool
     loss: bool
     label: str
+    mixer: bool = False
 
 
 def is_loop(node: fx.Node) -> bool:
@@ -45,10 +48,13 @@ def has_loops(gm: fx.GraphModule) -> bool:
     return any(is_loop(n) for n in gm.graph.nodes)
 
 
-def read_by_loop(node: fx.Node, regions: list[Region], own: Region) -> bool:
-    """Whether a value is kept anyway: another region or a loop reads it, or the graph returns it."""
+def read_by_loop(node: fx.Node, regions: list[Region], own: Region, mixers: Container[fx.Node] = ()) -> bool:
+    """Whether a value is kept anyway: another region or a loop reads it, or the graph returns it.
+
+    mixers: loops that stand for attention, so that what only they read is computed again.
+    """
     others = {n for r in regions if r is not own for n in r.nodes}
-    return any(u in others or is_loop(u) or u.op == "output" for u in node.users)
+    return any(u in others or (is_loop(u) and u not in mixers) or u.op == "output" for u in node.users)
 
 
 def ends_in_loss(region: Region, training: bool) -> bool:
@@ -73,7 +79,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     )
     region = _resolve(editor, site.region)
     program = build(region, recipe, ctx.compile_body)
-    like = region.heavy[-1]
+    like = (region.heavy or region.nodes)[-1]
     tokens, shared = [n for n, _ in region.tokens], list(region.shared)
     if site.loss:
         seed = _seed(editor, region.sums[0])
@@ -85,6 +91,8 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     pairs = [(old, _result(editor, call, i, old)) for i, old in enumerate(results)]
     removed = [n.name for n in (*region.nodes, *region.sums)]
     editor.replace_many(pairs, removed, f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks")
+    if site.mixer:
+        ctx.facts.setdefault("mixers", {})[call] = program.label
     if site.recompute:
         ctx.facts.setdefault("recompute", {})[call] = program.label
     ctx.facts.setdefault("loops", {})[call] = replace(

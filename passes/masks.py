@@ -23,7 +23,7 @@ never read. Changes that bypass torch's version counter (``buffer.data``) are no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,7 +81,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[MaskSite | Refusal]:
 
     What is known of a call that stays as it is goes to ``ctx.facts["masks"]`` at once.
     """
-    known = _known_values(gm, ctx)
+    known = known_values(gm, ctx)
     proofs: dict[object, _Proof] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         try:
@@ -109,8 +109,7 @@ def _look_at(node: fx.Node, known: Known, proofs: dict[object, _Proof], ctx: Con
     if key not in proofs:
         reader = Reader(known)
         verdict = fact_of(mask, queries, keys, reader)
-        read = sorted((n for n in reader.used if n.op == "placeholder"), key=lambda n: n.name)
-        proofs[key] = _Proof(verdict, tuple(read))
+        proofs[key] = _Proof(verdict, buffers_read(reader))
     yield from _outcome(node, proofs[key], ctx, same_length=bool(queries == keys))
 
 
@@ -197,7 +196,12 @@ def _input_names(nodes: Any) -> str:
 # ------------------------------------------------------------------ values that are known at compile time
 
 
-def _known_values(gm: fx.GraphModule, ctx: Context) -> Known:
+def buffers_read(reader: Reader) -> tuple[fx.Node, ...]:
+    """The inputs whose values a reader has used."""
+    return tuple(sorted((n for n in reader.used if n.op == "placeholder"), key=lambda n: n.name))
+
+
+def known_values(gm: fx.GraphModule, ctx: Context) -> Known:
     """What constants and offered buffers hold, each described once."""
     offered = ctx.facts.get("inputs", {})
     described: dict[fx.Node, Ramp | Bands | None] = {}
@@ -236,12 +240,17 @@ def _unchanged(node: fx.Node, offered: dict[fx.Node, Any]) -> torch.Tensor | Non
 
 def apply(editor: Editor, site: MaskSite, ctx: Context) -> None:
     """Drop the mask of one call, and record what it was."""
-    offered = ctx.facts.get("inputs", {})
-    for buffer in site.buffers:
-        assumed = Assumed(weakref.ref(offered[buffer]), offered[buffer]._version)
-        ctx.facts.setdefault("assumed", {})[buffer] = assumed
+    assume(site.buffers, ctx)
     call = _without_mask(editor, editor.resolve(site.attention), causal=site.rewrite == "is_causal")
     ctx.facts.setdefault("masks", {})[call] = site.fact
+
+
+def assume(buffers: Iterable[fx.Node], ctx: Context) -> None:
+    """Have the pipeline check before each call that these buffers are what they were when they were read."""
+    offered = ctx.facts.get("inputs", {})
+    for buffer in buffers:
+        assumed = Assumed(weakref.ref(offered[buffer]), offered[buffer]._version)
+        ctx.facts.setdefault("assumed", {})[buffer] = assumed
 
 
 def _without_mask(editor: Editor, node: fx.Node, *, causal: bool) -> fx.Node:
@@ -250,7 +259,7 @@ def _without_mask(editor: Editor, node: fx.Node, *, causal: bool) -> fx.Node:
     assert call is not None
     query, key, value, _, dropout, _ = call.args[:6]
     new = editor.call(node.target, (query, key, value, None, dropout, causal), _keywords(node), like=node)  # type: ignore[arg-type]
-    result = _laid_out_as(editor, new, node)
+    result = laid_out_as(editor, new, node)
     what = "attention with a causal mask becomes is_causal" if causal else "an attention mask that is all true goes"
     editor.replace(node, result, what)
     return new
@@ -260,7 +269,7 @@ def _keywords(node: fx.Node) -> dict[str, Any]:
     return {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
 
 
-def _laid_out_as(editor: Editor, new: fx.Node, old: fx.Node) -> fx.Node:
+def laid_out_as(editor: Editor, new: fx.Node, old: fx.Node) -> fx.Node:
     """``new`` with the order of strides of ``old``, copied only where another kernel chose another order."""
     before, after = _strides(old), _strides(new)
     if all(before[d] == after[d] for d, extent in enumerate(shape_of(old)) if extent != 1):
@@ -282,4 +291,15 @@ def _typical(stride: Any) -> int:
 
 MASKS = Pass(name="masks", option="masks", fidelity=Fidelity.ROUNDING, find=find, apply=apply)
 
-__all__ = ["MASKS", "Assumed", "MaskFact", "MaskSite", "apply", "find"]
+__all__ = [
+    "MASKS",
+    "Assumed",
+    "MaskFact",
+    "MaskSite",
+    "apply",
+    "assume",
+    "buffers_read",
+    "find",
+    "known_values",
+    "laid_out_as",
+]

@@ -35,14 +35,18 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
             )
             continue
         for part in _parts(axes, region, regions, ctx):
-            kept = tuple(not part.recompute and read_by_loop(n, regions, region) for n, _ in part.region.outputs)
+            kept = tuple(not part.recompute and _kept(n, regions, region, ctx) for n, _ in part.region.outputs)
             yield LoopSite(part.region, chunks, kept, part.recompute, False, region_label(part.region))
 
 
 def _parts(axes: Axes, region: Region, regions: list[Region], ctx: Context) -> list[Part]:
     if not (ctx.training and ctx.options.recompute.enabled):
         return [Part(region)]
-    return split_recompute(axes, region, lambda n: read_by_loop(n, regions, region))
+    return split_recompute(axes, region, lambda n: _kept(n, regions, region, ctx))
+
+
+def _kept(node: fx.Node, regions: list[Region], own: Region, ctx: Context) -> bool:
+    return read_by_loop(node, regions, own, ctx.facts.get("mixers", {}))
 
 
 def apply(editor: Editor, site: LoopSite, ctx: Context) -> None:

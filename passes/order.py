@@ -6,14 +6,20 @@ from mstc.passes.base import Pass
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.masks import MASKS
 from mstc.passes.mini_sequence import MINI_SEQUENCE
+from mstc.passes.query_chunks import QUERY_CHUNKS
 from mstc.passes.recompute import RECOMPUTE
 from mstc.passes.shift import SHIFT
 from mstc.passes.token_losses import TOKEN_LOSSES
+from mstc.passes.triangles import TRIANGLES
 from mstc.passes.unused_outputs import UNUSED_OUTPUTS
+from mstc.passes.written_attention import WRITTEN_ATTENTION
 
 PASSES: tuple[Pass, ...] = (
     UNUSED_OUTPUTS,  # first, so that nothing is kept for an output that nobody reads
     MASKS,
+    WRITTEN_ATTENTION,
+    TRIANGLES,  # after those, which read triangles as such; before query_chunks, which cuts masks with the queries
+    QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads
     SHIFT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop

@@ -17,7 +17,14 @@ from mstc.options import PASSES, LmHead, Masks, MiniSequence, Options, Recompute
 def test_defaults(nothing: dict[str, Any] | None) -> None:
     options = parse_options(nothing)
     assert options == Options()
-    assert [name for name in PASSES if options.enabled(name)] == ["masks", "mini_sequence", "lm_head", "recompute"]
+    assert [name for name in PASSES if options.enabled(name)] == [
+        "masks",
+        "written_attention",
+        "query_chunks",
+        "mini_sequence",
+        "lm_head",
+        "recompute",
+    ]
     assert (options.accumulate, options.lower, options.strict, options.verify) == ("float32", "inductor", False, False)
     assert options.unused_outputs == () and options.asked == frozenset()
 

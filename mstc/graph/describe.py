@@ -39,7 +39,7 @@ def _mixer(node: fx.Node, label: str) -> RegionInfo:
 
 def region_info(region: Region) -> RegionInfo:
     """A region that is left whole."""
-    heavy = region.heavy
+    heavy = region.heavy or region.nodes[-1:]
     modules = [module_of(n) for n in heavy if module_of(n)]
     return RegionInfo(
         "region",

@@ -168,21 +168,29 @@ def make_region(
         assert isinstance(proof, Tokenwise)
         proofs[node] = proof
     ends = tuple(_sums_of(axes, axis, ordered) if sums is None else sums)
+    within = members | set(ends)
+    if outputs is None:
+        outputs = [n for n in ordered if any(u not in within for u in n.users) and _is_tensor(n)]
+    return region_of(axis, proofs, ends, outputs)
+
+
+def region_of(
+    axis: Axis, proofs: Mapping[fx.Node, Tokenwise], sums: Iterable[fx.Node], outputs: Iterable[fx.Node]
+) -> Region:
+    """The record of proven nodes, given in the graph's order: what they read from outside is cut or shared."""
     tokens: dict[tuple[fx.Node, Place], None] = {}
     shared: dict[fx.Node, None] = {}
-    for node in ordered:
-        for operand, need in zip(operands_of(node), proofs[node].needs, strict=False):
-            if operand in members:
+    for node, proof in proofs.items():
+        for operand, need in zip(operands_of(node), proof.needs, strict=False):
+            if operand in proofs:
                 continue
             if need is None:
                 shared[operand] = None
             else:
                 tokens[operand, need] = None
-    within = members | set(ends)
-    if outputs is None:
-        outputs = [n for n in ordered if any(u not in within for u in n.users) and _is_tensor(n)]
+    nodes = tuple(proofs)
     placed = tuple((n, proofs[n].place) for n in outputs)
-    return Region(axis, proofs[ordered[0]].place.n, ordered, ends, tuple(tokens), tuple(shared), placed, proofs)
+    return Region(axis, proofs[nodes[0]].place.n, nodes, tuple(sums), tuple(tokens), tuple(shared), placed, proofs)
 
 
 def _sums_of(axes: Axes, axis: Axis, nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -247,12 +255,13 @@ def _weight_of(node: fx.Node) -> fx.Node | None:
         return None
     first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
     for operand in (node.args[first + 1], node.args[first]):
-        if isinstance(operand, fx.Node) and _is_weight(operand):
+        if isinstance(operand, fx.Node) and is_weight(operand):
             return operand
     return None
 
 
-def _is_weight(node: fx.Node) -> bool:
+def is_weight(node: fx.Node) -> bool:
+    """Whether a value is a parameter or a floating-point input, perhaps cast, viewed or transposed."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     value = node.meta.get("val")

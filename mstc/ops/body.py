@@ -37,6 +37,9 @@ _TAKES_SIZES = {
     aten.new_ones.default: 1,
     aten.new_full.default: 1,
     aten.new_empty.default: 1,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
 }
 # A squeeze would also drop an axis whose chunks have length 1.
 _BECOMES_VIEW = (

@@ -273,7 +273,7 @@ torch.library.register_autograd("mstc::loss_loop", _loss_vjp, setup_context=_los
 def _no_second(ctx: Any, *grads: Any) -> Any:
     raise LoopError(
         "a gradient of a gradient was asked of a loop; run that function without mstc, "
-        'or with options={"mini_sequence": False, "lm_head": False}'
+        'or with options={"mini_sequence": False, "lm_head": False, "query_chunks": False}'
     )
 
 

@@ -14,6 +14,10 @@ from mstc.graph.regions import Region
 WORKING_SET = 128 * 2**20
 FEWEST_TOKENS = 512
 MOST_TOKENS = 1024
+# Scores of one chunk of queries where attention is written out, in bytes: what the C library's heap gives again
+# without asking the system for fresh pages. Fewer queries than these make their products slow.
+SCORES = 16 * 2**20
+FEWEST_QUERIES = 64
 # Whole intermediates below this are not worth a loop.
 WORTH = 96 * 2**20
 
@@ -70,6 +74,25 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     per_chunk = 1 << (per_chunk.bit_length() - 1)
     count = _even(n, min(-(-tokens // per_chunk), n))
     return Chunks(count, f"{tokens // count} tokens per chunk")
+
+
+def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
+    """Chunks of queries for attention that is written out: as asked, or where ``"auto"`` by its widest scores."""
+    if not is_static(region):
+        return Chunks(1, "the length is dynamic (a symbol), and loops over dynamic lengths are not built yet")
+    n = hint_n(region)
+    if isinstance(chunk_tokens, int):
+        count = min(-(-n // chunk_tokens), n)
+        return Chunks(count, f"{chunk_tokens} queries per chunk as asked" if count > 1 else f"{n} queries fit into one")
+    total = intermediate_bytes(region)
+    widest = max(nbytes(x) for x in region.nodes)
+    if total < WORTH or widest <= SCORES:
+        return Chunks(1, f"{n} queries with {total / 2**20:.0f} MiB of scores and weights: chunks would not pay")
+    per_chunk = max(n * SCORES // widest, FEWEST_QUERIES)
+    if per_chunk >= n:
+        return Chunks(1, f"its {n} queries fit into one chunk")
+    count = _even(n, -(-n // per_chunk))
+    return Chunks(count, f"{n // count} queries per chunk")
 
 
 def _even(n: int, count: int) -> int:

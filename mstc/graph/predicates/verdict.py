@@ -36,6 +36,7 @@ from mstc.graph.predicates.terms import (
     Value,
     conjuncts,
     constant,
+    negate,
     symbols,
 )
 
@@ -53,8 +54,8 @@ class Unproven:
     remedy: str = "build the mask inside the compiled function from torch.arange, or pass is_causal=True"
 
 
-def fact_of(mask: fx.Node, queries: Expr, keys: Expr, reader: Reader) -> MaskFact | Unproven:
-    """What a mask [..., queries or 1, keys or 1] was proven to be."""
+def fact_of(mask: fx.Node, queries: Expr, keys: Expr, reader: Reader, *, hides: bool = False) -> MaskFact | Unproven:
+    """What a mask [..., queries or 1, keys or 1] was proven to be; hides: it is True where a pair is dropped."""
     shape = shape_of(mask)
     box = reader.box
     i, j = box.position("i", queries), box.position("j", keys)
@@ -64,6 +65,8 @@ def fact_of(mask: fx.Node, queries: Expr, keys: Expr, reader: Reader) -> MaskFac
     kept = value if dtype_of(mask) is torch.bool else _kept(value)
     if not isinstance(kept, FORMULAS):
         return kept if isinstance(kept, Unproven) else _blame(value, reader)
+    if hides:
+        kept = negate(kept)
     found = structure_of(kept, i, j, reader)
     if found is None:
         return Unproven("it keeps a set of positions that is no band of diagonals", _leaves(symbols(kept), reader))

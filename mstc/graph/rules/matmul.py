@@ -58,6 +58,21 @@ def matmul(call: Call) -> Flow | None:
     return call.flow(left_map, right_map)
 
 
+def einsum(call: Call) -> Flow | None:
+    """Letters that stand in the result go along, all others are contracted; no ellipsis, no diagonals."""
+    equation = str(call.arg("equation")).replace(" ", "")
+    if "." in equation:
+        return None
+    inputs, arrow, result = equation.partition("->")
+    terms = inputs.split(",")
+    if not arrow:
+        letters = sorted(set("".join(terms)))
+        result = "".join(c for c in letters if inputs.count(c) == 1)
+    if any(len(set(term)) != len(term) for term in terms):
+        return None
+    return call.flow(*(tuple(result.index(c) if c in result else MIXED for c in term) for term in terms))
+
+
 MATMUL_RULES: dict[object, Rule] = {
     aten.linear.default: linear,
     aten.addmm.default: addmm,
@@ -65,4 +80,5 @@ MATMUL_RULES: dict[object, Rule] = {
     aten.bmm.default: bmm,
     aten.baddbmm.default: baddbmm,
     aten.matmul.default: matmul,
+    aten.einsum.default: einsum,
 }

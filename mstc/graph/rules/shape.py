@@ -122,6 +122,11 @@ def made_like(call: Call) -> Flow | None:
     return call.flow(tuple(MIXED for _ in call.shape()), repeats=True)
 
 
+def made(call: Call) -> Flow | None:
+    """A new tensor of one value: any piece of it is like any other."""
+    return call.flow(repeats=True)
+
+
 SHAPE_RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), view),
     **dict.fromkeys((aten.flatten.using_ints, aten.unflatten.int), view),
@@ -147,4 +152,5 @@ SHAPE_RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), made_like
     ),
+    **dict.fromkeys((aten.zeros.default, aten.ones.default, aten.full.default), made),
 }

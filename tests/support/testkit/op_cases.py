@@ -198,6 +198,13 @@ def _matmul(p: Pick) -> Args:
     return p.tensor(left), p.tensor(right)
 
 
+def _einsum(p: Pick) -> Args:
+    sizes = {c: p.size() for c in "bhijd"}
+    equation = p.one("bhid,bhjd->bhij", "bhij, bhjd -> bihd", "bid,jd->bij", "ij,ji", "bhi->ib", "bi,bi,i->b")
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    return equation, [p.tensor([sizes[c] for c in term]) for term in terms]
+
+
 # ------------------------------------------------------------------ reductions, norms, losses
 
 
@@ -375,12 +382,15 @@ CASES: dict[Any, Case] = {
     aten.repeat_interleave.self_int: lambda p: (p.tensor(s := p.shape()), p.int(1, 3), p.one(None, p.dim(s))),
     **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default), _new()),
     aten.new_full.default: _new(2.5),
+    **dict.fromkeys((aten.zeros.default, aten.ones.default), lambda p: ((p.shape(),), {"dtype": torch.float64})),
+    aten.full.default: lambda p: ((p.shape(), 2.5), {"dtype": torch.float64}),
     aten.linear.default: _linear,
     aten.addmm.default: _addmm,
     aten.mm.default: lambda p: (p.tensor([p.size(), k := p.size()]), p.tensor([k, p.size()])),
     aten.bmm.default: _bmm,
     aten.baddbmm.default: _baddbmm,
     aten.matmul.default: _matmul,
+    aten.einsum.default: _einsum,
     **dict.fromkeys(
         (aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.var.default), _one()
     ),

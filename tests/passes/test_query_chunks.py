@@ -1,0 +1,395 @@
+"""Attention as people write it out, by chunks of queries: loss and every gradient, and nothing of S x S is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mstc
+from mstc.graph.written import find_written
+from testkit.capture import normal_graph
+from testkit.exactness import Comparison, chunked, compare, gradient_errors, gradients_of
+
+B, H, Q, K, D = 2, 4, 37, 29, 6
+LOWEST = torch.finfo(torch.float64).min
+Loss = Callable[..., Tensor]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def qkv(queries: int = Q, keys: int = Q) -> dict[str, Tensor]:
+    return {"q": randn(B, H, queries, D), "k": randn(B, H, keys, D, seed=1), "v": randn(B, H, keys, D, seed=2)}
+
+
+def distance(queries: int = Q, keys: int = Q) -> Tensor:
+    return torch.arange(keys)[None, :] - torch.arange(queries)[:, None]
+
+
+def causal() -> Tensor:
+    return torch.tril(torch.ones(Q, Q)).view(1, 1, Q, Q)
+
+
+def end(y: Tensor) -> Tensor:
+    return (y.transpose(1, 2).reshape(B, -1).sin() * 3).square().mean()
+
+
+# ------------------------------------------------------------------ the ways in which people write it
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return end(F.softmax(q @ k.transpose(-2, -1) / math.sqrt(D), dim=-1) @ v)
+
+
+def nano_gpt(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(D))
+    a = a.masked_fill(causal() == 0, float("-inf"))
+    return end(F.softmax(a, dim=-1) @ v)
+
+
+def softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = torch.tanh(q @ k.mT / 5.0) * 5.0
+    a = a + torch.triu(torch.full((Q, Q), float("-inf")), diagonal=1)
+    return end(F.softmax(a, dim=-1, dtype=torch.float64) @ v)
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    a = q @ k.mT + slopes.view(1, H, 1, 1) * distance()
+    return end(F.softmax(torch.where(distance() <= 0, a, LOWEST), -1) @ v)
+
+
+def bloom(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    bias = (slopes.view(H, 1, 1) * torch.arange(Q).view(1, 1, Q)).repeat(B, 1, 1)
+    a = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, beta=1.0, alpha=D**-0.5).view(B, H, Q, Q)
+    w = F.softmax(a + torch.zeros(Q, Q, dtype=q.dtype).masked_fill(distance() > 0, LOWEST), -1)
+    return end(torch.bmm(w.view(B * H, Q, Q), v.flatten(0, 1)).view(B, H, Q, D))
+
+
+def learned_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return end(F.softmax(q @ k.mT + bias, -1) @ v)
+
+
+def bias_by_distance(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return end(F.softmax(q @ k.mT + table[distance() + Q - 1].permute(2, 0, 1), -1) @ v)
+
+
+def t5(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Two layers share one bias."""
+    far = 4 + (torch.log(distance().abs().clamp(min=1).double() / 4) * 2).long()
+    bucket = torch.where(distance().abs() < 4, distance().abs(), far.clamp(max=7)) + (distance() > 0).long() * 8
+    bias = F.embedding(bucket, table).permute(2, 0, 1).unsqueeze(0)
+    x = F.softmax(q @ k.mT + bias, -1) @ v
+    return end(F.softmax(x @ k.mT + bias, -1) @ v)
+
+
+def sinks(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    a = q @ k.mT + torch.triu(torch.full((Q, Q), float("-inf")), diagonal=1)
+    a = torch.cat([a, sink.reshape(1, -1, 1, 1).expand(B, -1, Q, -1)], dim=-1)
+    a = a - a.max(dim=-1, keepdim=True).values
+    return end(F.softmax(a, dim=-1)[..., :-1] @ v)
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values of 2 heads, broadcast to 4."""
+    q, k, v = q.view(B, 2, 2, Q, D), k[:, :2].unsqueeze(2), v[:, :2].unsqueeze(2)
+    a = torch.tanh(q @ k.mT).masked_fill(distance() > 0, float("-inf"))
+    return end((F.softmax(a, -1) @ v).flatten(1, 2))
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x[:, :2, None].expand(B, 2, 2, Q, D).reshape(B, H, Q, D) for x in (k, v))
+    return end(F.softmax(torch.tanh(q @ k.mT), -1) @ v)
+
+
+def one_key_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multi-query attention with heads and queries in one dimension of the product."""
+    a = (q.reshape(B, H * Q, D) @ k[:, 0].mT).view(B, H, Q, Q)
+    w = F.softmax(a.masked_fill(distance() > 0, LOWEST), -1)
+    return end((w.view(B, H * Q, Q) @ v[:, 0]).view(B, H, Q, D))
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(D)
+    y: Tensor = torch.einsum("bhij,bhjd->bihd", F.softmax(a, -1), v)
+    return end(y.transpose(1, 2))
+
+
+def padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The first text has no key at all that counts: as eager, all keys alike."""
+    real = torch.arange(Q)[None, :] < torch.tensor([[0], [30]])
+    a = q @ k.mT + (1.0 - real[:, None, None, :].double()) * LOWEST
+    return end(F.softmax(a, -1) @ v)
+
+
+def hidden_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows without any key are nan in eager, and stay it."""
+    real = torch.arange(Q)[None, :] < torch.tensor([[0], [30]])
+    return end(F.softmax((q @ k.mT).masked_fill(~real[:, None, None, :], float("-inf")), -1) @ v)
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = (distance() <= 0) & (distance() > -8)
+    return end(F.softmax((q @ k.mT).masked_fill(~seen, float("-inf")), -1) @ v)
+
+
+def cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return end(F.softmax(torch.tanh(q @ k.mT), -1) @ v)
+
+
+def differential(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
+    first = F.softmax(q @ k.mT, -1)
+    second = F.softmax(q.flip(1) @ k.flip(1).mT, -1)
+    return end((first - mix * second) @ v)
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, near: Tensor) -> Tensor:
+    """DeBERTa's way: scores against relative positions, gathered for each pair, content to position and back."""
+    at = (distance() + 8).clamp(0, 15).expand(B, H, Q, Q)
+    to = torch.gather(q @ near.mT, -1, at)
+    back = torch.gather(k @ near.mT, -1, at).transpose(-1, -2)
+    return end(F.softmax(q @ k.mT + to + back, -1) @ v)
+
+
+@dataclass(frozen=True)
+class Case:
+    """loss; leaves: what gets gradients; loops: one for each product with values."""
+
+    loss: Loss
+    leaves: Callable[[], dict[str, Tensor]] = qkv
+    more: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    loops: int = 1
+
+
+CASES: dict[str, Case] = {
+    "softcap": Case(softcap),
+    "alibi": Case(alibi, more={"slopes": (H,)}),
+    "bloom": Case(bloom, more={"slopes": (H,)}),
+    "learned bias": Case(learned_bias, more={"bias": (1, H, Q, Q)}),
+    "bias by distance": Case(bias_by_distance, more={"table": (2 * Q - 1, H)}),
+    "t5": Case(t5, more={"table": (16, H)}, loops=2),
+    "sinks": Case(sinks, more={"sink": (H,)}),
+    "grouped heads": Case(grouped),
+    "repeated heads": Case(repeated),
+    "one key head": Case(one_key_head),
+    "einsum": Case(einsum),
+    "padding": Case(padding),
+    "rows without keys": Case(hidden_rows),
+    "window": Case(window),
+    "cross attention": Case(cross, leaves=lambda: qkv(Q, K)),
+    "differential": Case(differential, more={"mix": (1,)}),
+}
+
+
+def leaves_of(case: Case) -> dict[str, Tensor]:
+    return {**case.leaves(), **{name: randn(*shape, seed=3) for name, shape in case.more.items()}}
+
+
+def options(chunk: int = 10, **more: Any) -> dict[str, Any]:
+    return chunked(query_chunks={"chunk_tokens": chunk}, **more)
+
+
+def wide(gm: fx.GraphModule, inputs: bool = False) -> list[str]:
+    """Values with a dimension of queries and one of keys that the graph makes."""
+    found = []
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or (node.op == "placeholder" and not inputs):
+            continue
+        long = [n for n in value.shape if n >= K]
+        found += [f"{node.name} {tuple(value.shape)}"] if len(long) > 1 else []
+    return found
+
+
+def attention_loops(result: Comparison) -> int:
+    return sum("attention by queries" in e.what for r in result.reports for e in r.edits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_and_nothing_of_all_pairs(name: str) -> None:
+    case = CASES[name]
+    leaves = leaves_of(case)
+    result = compare(case.loss, leaves, list(leaves.values()), options())
+    print(result.describe())
+    result.check()
+    assert attention_loops(result) == case.loops
+    assert wide(result.graphs[0]) == []
+
+
+def test_an_index_that_is_read_along_rows_and_columns_is_made_whole() -> None:
+    """A piece of the queries would need it cut in two ways, so it stays outside; scores and weights do not."""
+    leaves = {**qkv(), "near": randn(1, H, 16, D, seed=3)}
+    result = compare(gathered, leaves, list(leaves.values()), options())
+    print(result.describe())
+    result.check()
+    assert attention_loops(result) == 1
+    left = [n for n in result.graphs[0].graph.nodes if n.name in {w.split()[0] for w in wide(result.graphs[0])}]
+    assert left and not any(n.meta["val"].is_floating_point() for n in left)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 36, 37])
+def test_any_number_of_chunks(chunk: int) -> None:
+    leaves = leaves_of(CASES["sinks"])
+    result = compare(sinks, leaves, list(leaves.values()), options(chunk))
+    result.check()
+    assert attention_loops(result) == (chunk < Q)
+
+
+@pytest.mark.parametrize("loss", [plain, nano_gpt])
+def test_what_could_be_fused_runs_in_chunks_where_fusing_is_off(loss: Loss) -> None:
+    result = compare(loss, leaves := qkv(), list(leaves.values()), options(written_attention=False))
+    result.check()
+    assert attention_loops(result) == 1
+
+
+@pytest.mark.parametrize("name", ["t5", "sinks"])
+def test_float32(name: str) -> None:
+    case = CASES[name]
+    leaves = {n: x.detach().float().requires_grad_() for n, x in leaves_of(case).items()}
+    result = compare(case.loss, leaves, list(leaves.values()), options())
+    result.check(torch.float32)
+    assert attention_loops(result) == case.loops
+
+
+@pytest.mark.parametrize("name", ["softcap", "t5"])
+def test_inference(name: str) -> None:
+    case = CASES[name]
+    inputs = list(leaves_of(case).values())
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    with torch.no_grad():
+        expected = case.loss(*inputs)
+        found = torch.compile(case.loss, backend="mstc", options=options())(*inputs)
+    assert abs(found - expected).item() < 1e-12
+    assert sum("attention by queries" in e.what for e in mstc.reports()[-1].edits) == case.loops
+
+
+def test_verify_holds_the_loop_to_the_graph_before_it() -> None:
+    leaves = leaves_of(CASES["t5"])
+    result = compare(t5, leaves, list(leaves.values()), options(verify=True))
+    result.check()
+    assert attention_loops(result) == 2
+
+
+class Layer(nn.Module):
+    """Softcapped attention between projections, with its residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.o = nn.Linear(H * D, 3 * H * D), nn.Linear(H * D, H * D)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.view(B, Q, H, D).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        a = torch.tanh(q @ k.mT).masked_fill(distance() > 0, float("-inf"))
+        y = F.softmax(a, -1) @ v
+        return x + self.o(y.transpose(1, 2).reshape(B, Q, H * D))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("lower", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_projections_around_it_run_in_loops_and_what_attention_reads_again_in_the_backward(lower: str) -> None:
+    model = nn.Sequential(Layer(), Layer())
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().mean()  # type: ignore[no-any-return]
+
+    result = compare(loss, dict(model.named_parameters()), [randn(B, Q, H * D)], options(lower=lower))
+    print(result.describe())
+    result.check()
+    assert attention_loops(result) == 2
+    assert any(e.pass_name == "recompute" for r in result.reports for e in r.edits)
+    assert wide(result.graphs[0]) == []
+
+
+# ------------------------------------------------------------------ what is left whole, and why
+
+
+def refusals(result: Comparison) -> list[str]:
+    return [x.reason for r in result.reports for x in r.refusals if x.pass_name == "query_chunks"]
+
+
+def test_weights_that_are_read_otherwise_stay() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w = F.softmax(torch.tanh(q @ k.mT), -1)
+        return end(w @ v) + w.square().mean()
+
+    result = compare(loss, leaves := qkv(), list(leaves.values()), options())
+    result.check()
+    assert attention_loops(result) == 0
+    assert "also read by" in refusals(result)[0]
+
+
+def test_scores_that_are_read_otherwise_stay() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = torch.tanh(q @ k.mT)
+        return end(F.softmax(a, -1) @ v) + a.square().mean()
+
+    result = compare(loss, leaves := qkv(), list(leaves.values()), options())
+    result.check()
+    assert attention_loops(result) == 0
+    assert "also read by" in refusals(result)[0]
+
+
+def test_dropout_of_the_weights_is_refused_and_right() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return end(F.dropout(F.softmax(q @ k.mT, -1), 0.3) @ v)
+
+    leaves = qkv()
+    inputs = list(leaves.values())
+    torch.manual_seed(5)
+    expected, reference = gradients_of(loss, leaves, inputs)
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    torch.manual_seed(5)
+    found, gradients = gradients_of(torch.compile(loss, backend="mstc", options=options()), leaves, inputs)
+    assert abs(found - expected).item() < 1e-12
+    assert max(gradient_errors(gradients, reference).values()) < 1e-9
+    reasons = [x.reason for x in mstc.reports()[-1].refusals if x.pass_name == "query_chunks"]
+    assert any("random numbers" in reason for reason in reasons), reasons
+
+
+def test_short_attention_stays_whole() -> None:
+    result = compare(cross, leaves := qkv(), list(leaves.values()), {"lower": "aot_eager"})
+    result.check()
+    assert attention_loops(result) == 0
+    assert "would not pay" in refusals(result)[0]
+
+
+def test_a_dynamic_length_is_refused() -> None:
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    inputs = list(qkv().values())
+    for x in inputs:
+        torch._dynamo.mark_dynamic(x, 2)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (F.softmax(torch.tanh(q @ k.mT), -1) @ v).square().mean()
+
+    found = torch.compile(loss, backend="mstc", options=options())(*inputs)
+    assert abs(found - loss(*inputs)).item() < 1e-12
+    reasons = [x.reason for x in mstc.reports()[-1].refusals if x.pass_name == "query_chunks"]
+    assert any("dynamic" in reason for reason in reasons), reasons
+
+
+def test_a_router_is_no_attention() -> None:
+    def route(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+        return F.softmax(x @ weight.t(), -1) @ experts
+
+    assert not list(find_written(normal_graph(route, randn(40, 8), randn(5, 8), randn(5, 8))))
+
+
+def test_linear_attention_is_no_attention_by_scores() -> None:
+    def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.softmax(q, -1) @ (F.softmax(k, -2).mT @ v)
+
+    assert not list(find_written(normal_graph(linear, *qkv().values())))

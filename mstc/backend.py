@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from mstc import compat_autocast
 from mstc.assume import guarded, offered_buffers
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
 from mstc.lower import body_compiler, lower, mode_settings
@@ -68,12 +69,14 @@ def _rewritten(
     stages: list[tuple[str, fx.GraphModule]] | None = [] if options.verify else None
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
-    run(form.gm, ctx, report, stages)
-    settings = mode_settings(mode, report if has_loops(form.gm) else None)
-    compiled = lower(form.gm, inputs, options.lower, settings)
+    with compat_autocast.off_at_run_time():
+        run(form.gm, ctx, report, stages)
+        settings = mode_settings(mode, report if has_loops(form.gm) else None)
+        compiled = lower(form.gm, inputs, options.lower, settings)
     if stages:
         dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
         compiled = verifying(compiled, stages, dropped)
+    compiled = compat_autocast.running_without(compiled)
     assumed = ctx.facts.get("assumed", {})
     if assumed:
         positions = {n: i for i, n in enumerate(form.gm.graph.find_nodes(op="placeholder"))}

@@ -22,9 +22,11 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
+
+from mstc import compat_autocast
 
 __all__ = [
     "CheckpointPolicy",
@@ -34,10 +36,10 @@ __all__ = [
     "OpOverload",
     "Traced",
     "allocating_by",
+    "draws_as_eager",
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
-    "is_autocast_switch",
     "is_buffer",
     "is_checkpoint",
     "is_grad_mode_switch",
@@ -63,14 +65,6 @@ tree_leaves = pytree.tree_leaves
 def is_grad_mode_switch(node: fx.Node) -> bool:
     """``torch._C._set_grad_enabled``: how Dynamo writes ``torch.no_grad()`` into a graph."""
     return node.op == "call_function" and node.target is torch._C._set_grad_enabled
-
-
-def is_autocast_switch(node: fx.Node) -> bool:
-    """``torch.amp.autocast_mode._enter_autocast`` / ``_exit_autocast``."""
-    return node.op == "call_function" and node.target in (
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-    )
 
 
 def is_transform_switch(node: fx.Node) -> bool:
@@ -128,8 +122,11 @@ class _SourceKeepingInterpreter(fx.Interpreter):
     its nodes tagged for recomputation as AOTAutograd would tag it.
     """
 
-    def __init__(self, gm: fx.GraphModule, tags: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, autocast: compat_autocast.Switches, tags: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(gm)
+        self._autocast = autocast
         self._tags = dict(tags or {})
 
     def run_node(self, n: fx.Node) -> Any:
@@ -138,11 +135,13 @@ class _SourceKeepingInterpreter(fx.Interpreter):
             return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if compat_autocast.is_switch(target):
+            return self._autocast.call(target, args)
         if not is_checkpoint(target):
             return super().call_function(target, args, kwargs)
         body, *operands = args
         tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_block_ids)}
-        return _SourceKeepingInterpreter(body, tags).run(*operands)
+        return _SourceKeepingInterpreter(body, self._autocast, tags).run(*operands)
 
 
 class Traced:
@@ -158,9 +157,11 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
     """Retrace a Dynamo graph into functional ATen ops, before autograd.
 
     ``export=True`` keeps linear, attention, norms and losses whole. New values of mutated
-    inputs follow the graph's own outputs, in the order of ``Traced.mutated``.
+    inputs follow the graph's own outputs, in the order of ``Traced.mutated``. Autocast, where it is on
+    or the graph switches it on, is written out as casts.
     """
-    functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    functional = compat_autocast.CastingMode()
+    switches = compat_autocast.Switches()
     mutated: list[int] = []
     retyped: list[int] = []
 
@@ -173,7 +174,7 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
     def run(*args: Any) -> Any:
         with functional:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            out = _SourceKeepingInterpreter(gm).run(*wrapped)
+            out = _SourceKeepingInterpreter(gm, switches).run(*wrapped)
             for i, value in enumerate(wrapped):
                 if not isinstance(value, FunctionalTensor):
                     continue
@@ -184,8 +185,9 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
             written = [unwrap(wrapped[i]) for i in mutated]
             return [*pytree.tree_map(unwrap, pytree.tree_leaves(out)), *written]
 
-    with mode, fx.traceback.preserve_node_meta():
+    with contextlib.closing(switches), mode, fx.traceback.preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    compat_autocast.drop_switches(traced.graph)
     return Traced(traced, mutated, retyped)
 
 
@@ -241,6 +243,11 @@ def allocating_by(empty_strided: Callable[..., torch.Tensor]) -> Iterator[None]:
 def references(storage: torch.UntypedStorage) -> int:
     """How many tensors and Python objects share a storage's memory (public PyTorch does not tell)."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def draws_as_eager() -> bool:
+    """Whether Inductor is set to draw eager's random numbers."""
+    return bool(inductor_config.fallback_random)
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -78,13 +78,6 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.nodes:
-            if compat.is_autocast_switch(node):
-                raise NotNormalError(
-                    "the graph switches autocast on or off",
-                    node.name,
-                    source_of(node),
-                    "cast the model's parameters (model.to(torch.bfloat16)) instead of using torch.autocast",
-                )
             if compat.is_transform_switch(node):
                 raise NotNormalError("the graph holds a function transform (vmap, grad)", node.name, source_of(node))
             if isinstance(node.target, compat.HigherOrderOperator) and not compat.is_checkpoint(node.target):
@@ -165,11 +158,20 @@ def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
 
 
 def _drop_idle_dropout(graph: fx.Graph) -> None:
-    """A dropout that drops nothing returns its input; as a random op it would keep its place and part regions."""
+    """A dropout that draws nothing is no random op, which would keep its place and part regions.
+
+    Where it drops nothing it returns its input, where it drops everything zeros (nan stays nan).
+    """
     for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
-        if not (node.args[2] and node.args[1]):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        source, p, train = node.args
+        if train and 0 < p < 1:
+            continue
+        if train and p == 1:
+            with graph.inserting_before(node):
+                source = graph.call_function(aten.mul.Tensor, (source, 0.0))
+            source.meta = dict(node.meta)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
 
 
 def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:

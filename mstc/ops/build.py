@@ -85,7 +85,8 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
         if not (recipe.loss and differentiable):
             forward[length] = compiler(body, fakes)
         if traced is not None:
-            backward[length] = compiler(traced.gm, _inputs(traced, fakes, results, len(tokens)))
+            laid_out = [v.fake(mode, length) for v in (*outputs, *sums)]
+            backward[length] = compiler(traced.gm, _inputs(traced, fakes, laid_out, len(tokens)))
     made = Program(
         key,
         recipe.label,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from mstc.compat_autocast import no_autocast
 from mstc.errors import LoopError
 from mstc.ops.accumulate import Accumulators
 from mstc.ops.body import Value
@@ -79,7 +80,7 @@ class _Sums:
 @torch.library.impl("mstc::loop", "CompositeExplicitAutograd")
 def _loop(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
     p = program(key)
-    with record_function(f"mstc::{p.label}"), torch.no_grad(), workspace():
+    with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
         whole = [dense(s, v.order) for s, v in zip(shared, p.shared, strict=True)]
         outputs = [_allocate(v) for v in p.outputs]
         sums = _Sums(p.sums)
@@ -103,7 +104,7 @@ def _loop_backward(
 ) -> list[torch.Tensor]:
     p = program(key)
     b = _backward_of(p)
-    with record_function(f"mstc::{p.label} backward"), torch.no_grad(), workspace():
+    with record_function(f"mstc::{p.label} backward"), torch.no_grad(), no_autocast(), workspace():
         token_values = [p.tokens[i] for i in b.tokens]
         whole = [dense(s, p.shared[j].order) for s, j in zip(shared, b.shared, strict=True)]
         results_values = [*p.outputs, *p.sums]
@@ -195,7 +196,7 @@ torch.library.register_autograd("mstc::loop", _loop_vjp, setup_context=_loop_set
 def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -> list[torch.Tensor]:
     p = program(key)
     b = _backward_of(p)
-    with record_function(f"mstc::{p.label}"), torch.no_grad(), workspace():
+    with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
         token_values = [p.tokens[i] for i in b.tokens]
         token_inputs = [tokens[i] for i in b.tokens]
         whole = [dense(shared[j], p.shared[j].order) for j in b.shared]

@@ -149,18 +149,6 @@ def test_a_higher_order_op_is_refused() -> None:
     assert len(found) == 1 and "higher-order op cond" in found[0]
 
 
-def test_autocast_is_refused_and_left_as_it_was() -> None:
-    weight = torch.randn(4, 4)
-
-    def fn(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return F.linear(x, weight).float().sum()
-
-    x = torch.randn(3, 4)
-    assert any("autocast" in reason for reason in refusals(fn, x))
-    torch.testing.assert_close(torch.compile(fn, backend="mstc", options=EAGER)(x), fn(x))
-
-
 def test_an_input_that_changes_its_shape_is_refused() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

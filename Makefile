@@ -6,12 +6,12 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 READY := $(VENV)/.mstc-ready
 
-.PHONY: demo test lint bench gpu setup clean
+.PHONY: demo test lint bench gpu setup browser pictures clean
 
 demo: setup
 	$(PY) -m mstc.cli.main demo $(ARGS)
 
-test: lint
+test: lint browser
 	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
 
 lint: setup
@@ -25,7 +25,18 @@ bench: setup
 gpu: setup
 	$(PY) tests/gpu/run.py $(ARGS)
 
+# The pictures in docs/pictures, made by the page itself.
+pictures: setup browser
+	$(PY) tests/support/pictures.py
+
 setup: $(READY)
+
+# The page of `mstc dump` is tested in a real browser; where none can be had, its tests say so and are skipped.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  sudo=; test "$$(id -u)" = 0 || sudo="sudo -n"; export DEBIAN_FRONTEND=noninteractive; \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "no browser could be installed: the tests of the page will be skipped"
 
 # torch comes first and by itself, so that no other package's needs choose its build.
 $(READY): pyproject.toml

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mstc.errors import LoopError, MstcError, OptionError, StrictError, VerificationError
+    from mstc.dump.explain import explain
+    from mstc.errors import DumpError, LoopError, MstcError, OptionError, StrictError, VerificationError
     from mstc.options import Options, parse_options
     from mstc.report import Report, clear_reports, reports
     from mstc.wrapper import wrap
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DumpError",
     "LoopError",
     "MstcError",
     "OptionError",
@@ -27,12 +29,14 @@ __all__ = [
     "VerificationError",
     "__version__",
     "clear_reports",
+    "explain",
     "parse_options",
     "reports",
     "wrap",
 ]
 
 _HOME = {
+    "DumpError": "mstc.errors",
     "LoopError": "mstc.errors",
     "MstcError": "mstc.errors",
     "OptionError": "mstc.errors",
@@ -41,6 +45,7 @@ _HOME = {
     "StrictError": "mstc.errors",
     "VerificationError": "mstc.errors",
     "clear_reports": "mstc.report",
+    "explain": "mstc.dump.explain",
     "parse_options": "mstc.options",
     "reports": "mstc.report",
     "wrap": "mstc.wrapper",

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.fx as fx
 
-from mstc import compat_autocast
+from mstc import compat, compat_autocast
 from mstc.assume import guarded, offered_buffers
+from mstc.dump.environment import versions
+from mstc.dump.observer import Observer, observe
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
 from mstc.lower import body_compiler, lower, mode_settings
 from mstc.ops import loop, program
@@ -38,17 +39,23 @@ def mstc(
     """
     chosen = parse_options(options)
     started = time.perf_counter()
-    report = Report(options=chosen.to_dict(), versions={"torch": torch.__version__})
+    report = Report(graph=compat.compile_name(), options=chosen.to_dict(), versions=versions())
+    observer = observe(chosen, report)
     try:
         form = normalize(gm, inputs)
     except NotNormalError as e:
         report.refusals.append(Refusal("normal_form", e.node, e.source, e.reason, e.remedy))
         hold_to_word(chosen, report)
+        observer.left(gm)
         form = None
     report.timings["normal_form"] = time.perf_counter() - started
-    compiled = _plain(gm, inputs, chosen, mode) if form is None else _rewritten(gm, form, inputs, chosen, mode, report)
+    if form is None:
+        compiled = _plain(gm, inputs, chosen, mode)
+    else:
+        compiled = _rewritten(gm, form, inputs, chosen, mode, report, observer)
     report.timings["total"] = time.perf_counter() - started
     record(report)
+    observer.publish()
     return compiled
 
 
@@ -64,13 +71,15 @@ def _rewritten(
     options: Options,
     mode: str | None,
     report: Report,
+    observer: Observer,
 ) -> Callable[..., Any]:
     """The graph after all passes, compiled, with the checks that the passes and the options ask for."""
     stages: list[tuple[str, fx.GraphModule]] | None = [] if options.verify else None
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
     with compat_autocast.off_at_run_time():
-        run(form.gm, ctx, report, stages)
+        run(form.gm, ctx, report, stages, observer.watch(form.training))
+        observer.rewritten(form.gm)
         settings = mode_settings(mode, report if has_loops(form.gm) else None)
         compiled = lower(form.gm, inputs, options.lower, settings)
     if stages:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._logging._internal import trace_log, trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -29,6 +33,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mstc import compat_autocast
 
 __all__ = [
+    "Captured",
     "CheckpointPolicy",
     "FakeTensor",
     "FakeTensorMode",
@@ -36,10 +41,14 @@ __all__ = [
     "OpOverload",
     "Traced",
     "allocating_by",
+    "capture",
+    "compile_name",
     "draws_as_eager",
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
+    "input_kind",
+    "input_name",
     "is_buffer",
     "is_checkpoint",
     "is_grad_mode_switch",
@@ -49,8 +58,10 @@ __all__ = [
     "mode_settings",
     "name_constants",
     "references",
+    "trace_artifact",
     "trace_flat",
     "trace_functional",
+    "tracing_to_file",
     "tree_leaves",
     "without_cudagraphs",
 ]
@@ -77,11 +88,22 @@ def is_checkpoint(target: object) -> bool:
     return isinstance(target, TagActivationCheckpoint)
 
 
-def is_buffer(node: fx.Node) -> bool:
-    """Whether Dynamo took this input from a module's buffers (it keeps the input's source on the node)."""
+def input_name(node: fx.Node) -> str:
+    """How Dynamo reaches an input, as ``L['self']._modules['a']._parameters['weight']``; "" where it does not tell."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
-    return "_buffers[" in (name() if callable(name) else str(name))
+    return name() if callable(name) else str(name)
+
+
+def input_kind(node: fx.Node) -> str:
+    """ "parameter", "buffer" or "input", by where Dynamo took it from."""
+    name = input_name(node)
+    return "parameter" if "_parameters[" in name else "buffer" if "_buffers[" in name else "input"
+
+
+def is_buffer(node: fx.Node) -> bool:
+    """Whether Dynamo took this input from a module's buffers (it keeps the input's source on the node)."""
+    return input_kind(node) == "buffer"
 
 
 def fake_mode_of(values: Sequence[object]) -> FakeTensorMode:
@@ -191,6 +213,53 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
     return Traced(traced, mutated, retyped)
 
 
+class Captured:
+    """One graph that Dynamo handed to a backend, and why the function's graph ends there ("" where it returns)."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        found: Any = getattr(gm, "compile_subgraph_reason", None)
+        reason = found if found is not None and found.graph_break else None
+        self.gm, self.inputs = gm, inputs
+        self.broken = str(reason.reason) if reason else ""
+        frame = reason.user_stack[-1] if reason and reason.user_stack else None
+        self.source = f"{frame.filename}:{frame.lineno}" if frame is not None else ""
+
+
+def capture(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], seen: Callable[[Captured], None]
+) -> None:
+    """Let Dynamo trace a call of ``fn`` and hand each graph to ``seen``; no graph runs.
+
+    Code between two graphs runs as Python, on zeros in place of their values. Other compilations of the same
+    function stay as they are: each call counts as a backend of its own, and the limits on recompilations are lifted.
+    """
+    limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20, "fail_on_recompile_limit_hit": True}
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen(Captured(gm, inputs))
+        output = gm.graph.output_node()
+        values = [n.meta["example_value"] if isinstance(n, fx.Node) else n for n in tree_leaves(output.args[0])]
+        mode = next((i.fake_mode for i in inputs if isinstance(i, FakeTensor)), None)
+        training = torch.is_grad_enabled()
+        return lambda *_: [_stand_in(v, mode, training) for v in values]
+
+    with dynamo_config.patch(limits):
+        try:
+            torch.compile(fn, backend=backend, dynamic=False)(*args, **kwargs)
+        except BackendCompilerFailed as e:
+            raise e.inner_exception from None
+
+
+def _stand_in(value: Any, mode: FakeTensorMode | None, training: bool) -> Any:
+    """Zeros like a fake value that take no memory, in the given fake mode if any."""
+    if not isinstance(value, torch.Tensor):
+        return hint if (hint := getattr(getattr(value, "node", None), "hint", None)) is not None else value
+    shape = [s if isinstance(s, int) else s.node.hint for s in value.shape]
+    with mode or contextlib.nullcontext():
+        zeros = torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)
+    return zeros.requires_grad_(training and value.requires_grad)
+
+
 def trace_flat(
     function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> fx.GraphModule:
@@ -264,6 +333,22 @@ def name_constants(gm: fx.GraphModule) -> None:
     if sources is not None:
         own = (name for name, _ in gm.named_buffers(remove_duplicate=False))
         gm._param_name_to_source = {**{name: ConstantSource(name) for name in own}, **sources}  # type: ignore[assignment]
+
+
+def compile_name() -> str:
+    """``graph 0/1``: the number of the compilation that is running, as TORCH_LOGS and tlparse write it; "" outside."""
+    running = CompileContext.current_compile_id()
+    return f"graph {running}" if running is not None else ""
+
+
+def tracing_to_file() -> bool:
+    """Whether ``TORCH_TRACE`` collects artifacts."""
+    return bool(os.environ.get("TORCH_TRACE")) and bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Hand a text to ``TORCH_TRACE``, where tlparse shows it beside the graph that is being compiled."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
 
 
 def lower_with(name: str) -> Callable[..., Any]:

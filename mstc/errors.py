@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LoopError", "MstcError", "OptionError", "StrictError", "VerificationError"]
+__all__ = ["DumpError", "LoopError", "MstcError", "OptionError", "StrictError", "VerificationError"]
 
 
 class MstcError(Exception):
@@ -23,3 +23,7 @@ class VerificationError(MstcError):
 
 class LoopError(MstcError, RuntimeError):
     """A loop was used in a way that it cannot support (double backward, a lost body, ...)."""
+
+
+class DumpError(MstcError, ValueError):
+    """What was asked to be dumped, or to be read as a dump, is none."""

@@ -96,6 +96,7 @@ class Options:
     lower: Literal["inductor", "aot_eager", "eager"] = "inductor"
     strict: bool = False
     verify: bool = False
+    dump: str | None = None
     asked: frozenset[str] = frozenset()
 
     def enabled(self, pass_name: str) -> bool:
@@ -244,7 +245,7 @@ def _check_key(key: str, value: Any) -> Any:
         return _check_budget(value)
     _check_value(key, value, _VALUES[key])
     if key == "dump" and value is not None:
-        raise _not_built("dump", value, "None")
+        return os.fspath(value)
     return tuple(value) if key == "unused_outputs" else value
 
 

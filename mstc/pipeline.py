@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch.fx as fx
 
@@ -13,11 +15,33 @@ from mstc.graph.editor import Editor
 from mstc.options import Options
 from mstc.passes.base import Context, Pass
 from mstc.passes.order import PASSES
-from mstc.report import Fidelity, Refusal, Report
+from mstc.report import Edit, Fidelity, Refusal, Report
+
+
+class Watcher(Protocol):
+    """Sees the graph as it was captured and after each pass that ran; it changes nothing."""
+
+    def start(self, gm: fx.GraphModule) -> None: ...
+
+    def ran(self, step: Pass, gm: fx.GraphModule, done: Ran) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one pass did: whether it changed the graph, in how many seconds, by which edits, and what it refused."""
+
+    changed: bool
+    seconds: float
+    edits: tuple[Edit, ...]
+    refusals: tuple[Refusal, ...]
 
 
 def run(
-    gm: fx.GraphModule, ctx: Context, report: Report, stages: list[tuple[str, fx.GraphModule]] | None = None
+    gm: fx.GraphModule,
+    ctx: Context,
+    report: Report,
+    stages: list[tuple[str, fx.GraphModule]] | None = None,
+    watcher: Watcher | None = None,
 ) -> None:
     """Apply every enabled pass to the graph, in place.
 
@@ -27,20 +51,25 @@ def run(
     editor = Editor(gm)
     if stages is not None:
         stages.append(("", _copy(gm)))
+    if watcher is not None:
+        watcher.start(gm)
     for step in PASSES:
         if step.option and not ctx.options.enabled(step.option):
             continue
-        changed = _run_one(step, editor, ctx, report)
-        if changed and stages is not None:
+        done = _run_one(step, editor, ctx, report)
+        if done.changed and stages is not None:
             stages.append((step.name, _copy(gm)))
+        if watcher is not None:
+            watcher.ran(step, gm, done)
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)
     report.regions = describe(gm, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
     hold_to_word(ctx.options, report)
 
 
-def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> bool:
+def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:
     started = time.perf_counter()
+    edits, refusals = len(editor.edits), len(report.refusals)
     editor.pass_name = step.name
     sites = []
     for found in step.find(editor.gm, ctx):
@@ -54,8 +83,9 @@ def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> bool:
         editor.finish()
         check(editor.gm)
         report.fidelity = Fidelity(max(report.fidelity, step.fidelity))
-    report.timings[step.name] = time.perf_counter() - started
-    return bool(sites)
+    seconds = time.perf_counter() - started
+    report.timings[step.name] = seconds
+    return Ran(bool(sites), seconds, tuple(editor.edits[edits:]), tuple(report.refusals[refusals:]))
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

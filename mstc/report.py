@@ -8,9 +8,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 __all__ = ["Edit", "Fidelity", "Refusal", "RegionInfo", "Report", "clear_reports", "record", "reports"]
 
@@ -60,7 +60,8 @@ class RegionInfo:
     label: what it is in people's words ("gated MLP", "attention (causal)", ...);
     layer: the layer's number where the module path tells one, else None;
     chunks: how many mini-sequences it runs in (1: left whole); tokens: its length;
-    ops: how many operators; loop: the name of its loop in profiles, "" if it has none.
+    ops: how many operators; loop: the name of its loop in profiles, "" if it has none;
+    nodes: their names in the rewritten graph.
     """
 
     kind: str
@@ -74,6 +75,13 @@ class RegionInfo:
     loop: str = ""
     saved: tuple[str, ...] = ()
     note: str = ""
+    nodes: tuple[str, ...] = ()
+
+
+class Drawing(Protocol):
+    """The graphs behind a report, which it writes down beside itself (see `mstc.dump`)."""
+
+    def save(self, folder: Path) -> None: ...
 
 
 @dataclass
@@ -89,6 +97,7 @@ class Report:
     plan: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     fidelity: Fidelity = Fidelity.EXACT
+    drawing: Drawing | None = field(default=None, repr=False, compare=False)
 
     # ------------------------------------------------------------------ writing it down
 
@@ -108,7 +117,8 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON; `Report.from_json` reads it back. Raises TypeError on options that JSON cannot hold."""
-        return json.dumps({**asdict(self), "fidelity": self.fidelity.name.lower()}, indent=2)
+        data = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "drawing"}
+        return json.dumps({**data, "fidelity": self.fidelity.name.lower()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -121,11 +131,17 @@ class Report:
         return cls(**data)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``report.txt`` and ``report.json`` into ``folder`` (made if missing) and return its path."""
+        """Write the report into ``folder`` (made if missing) and return its path.
+
+        ``report.txt`` and ``report.json`` are `to_text` and `to_json`; a report that mstc made also gives
+        ``report.html``, ``graphs.txt`` and ``dump.json`` (see `mstc.dump.files`).
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         (path / "report.txt").write_text(self.to_text(), encoding="utf-8")
         (path / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        if self.drawing is not None:
+            self.drawing.save(path)
         return path
 
 
@@ -194,6 +210,14 @@ def _refusal_line(refusal: Refusal) -> str:
 
 def _edit_line(edit: Edit) -> str:
     return f"{edit.pass_name}: {edit.what} (+{len(edit.added)} -{len(edit.removed)} nodes)"
+
+
+def _plain(value: Any) -> Any:
+    return (
+        [asdict(v) if isinstance(v, Edit | Refusal | RegionInfo) else v for v in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class Context:
 
     options: the user's; training: whether gradients are recorded; facts: what one pass proved
     about a node for others to read (``facts["masks"][node]`` and so on);
-    compile_body: lowers a loop body for fake example inputs.
+    compile_body: lowers a loop body for fake example inputs; explained: bodies are not to run, so
+    their programs must not be taken for compiled ones.
     """
 
     options: Options
@@ -34,6 +35,7 @@ class Context:
     facts: dict[str, dict[fx.Node, Any]] = field(default_factory=dict)
     plan: list[str] = field(default_factory=list)
     compile_body: Compiler = _no_compiler
+    explained: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         site.kept,
         site.loss,
         ctx.options.accumulate,
-        f"{ctx.options.lower} {torch.are_deterministic_algorithms_enabled()}",
+        f"{ctx.options.lower} {torch.are_deterministic_algorithms_enabled()}" + " explained" * ctx.explained,
         site.label,
     )
     region = _resolve(editor, site.region)

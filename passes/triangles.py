@@ -49,7 +49,8 @@ def apply(editor: Editor, site: TriangleSite, ctx: Context) -> None:
 
     beyond = editor.call(aten.sub.Tensor, (positions(-1), positions(-2)), like=node)
     inside = editor.call(_COMPARE[node.target], (beyond, int(Call(node).arg("diagonal"))), like=node)  # type: ignore[index]
-    new = editor.call(aten.where.ScalarOther, (inside, x, 0), like=node)
+    outside = False if value.dtype is torch.bool else 0  # a number would make flags int64
+    new = editor.call(aten.where.ScalarOther, (inside, x, outside), like=node)
     editor.replace(node, new, f"{node.name} compares positions")
 
 

@@ -67,7 +67,6 @@ def test_quiet_values_of_what_is_not_built() -> None:
         ("memory_budget", "20GiB"),
         ("memory_budget", 1 << 30),
         ("memory_budget", {"total": "1.5 GB", "outside": "auto"}),
-        ("dump", "folder"),
         ("recompute", {"offload": True}),
     ],
 )

@@ -22,7 +22,7 @@ def expected_files() -> set[str]:
     for folder, place in LINKED.items():
         for path in (ROOT / folder).rglob("*"):
             linked = any(parent.is_symlink() for parent in path.parents)
-            if path.suffix in (".py", ".pyi", ".typed") and not linked:
+            if path.is_file() and "__pycache__" not in path.parts and not linked:
                 found.add(f"{place}/{path.relative_to(ROOT / folder).as_posix()}")
     return found
 

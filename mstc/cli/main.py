@@ -17,6 +17,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "bench": ("mstc.cli.bench.command", "Compare step time, peak memory and compile time."),
     "demo": ("mstc.cli.demo.command", "Train a small Llama on long text, side by side."),
+    "dump": ("mstc.cli.dump", "Show what is rewritten and why, as a page, text or JSON."),
     "doctor": ("mstc.cli.doctor", "Check the installation."),
 }
 

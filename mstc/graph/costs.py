@@ -35,6 +35,16 @@ def matmul_flops(node: fx.Node) -> float:
     return 2.0 * numel(node) * inner
 
 
+def attention_flops(node: fx.Node) -> float:
+    """FLOPs of scaled dot product attention over all pairs of tokens (a causal mask is not counted off), else 0."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return 0.0
+    keys = node.args[1]
+    assert isinstance(keys, fx.Node)
+    query = node.all_input_nodes[0]
+    return 2.0 * hint(keys.meta["val"].shape[-2]) * (numel(query) + numel(node))
+
+
 def hint(size: object) -> int:
     """A number for a size: itself, or the example that a symbolic size was traced with."""
     if isinstance(size, torch.SymInt):

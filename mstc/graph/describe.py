@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,11 @@ def describe(gm: fx.GraphModule, loops: Mapping[fx.Node, RegionInfo], masks: Map
     loops: records of the loop nodes; masks: what is known of an attention's mask (its ``kind``).
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    found: list[tuple[int, RegionInfo]] = [(order[n], info) for n, info in loops.items() if n in order]
+    found: list[tuple[int, RegionInfo]] = [
+        (order[n], replace(info, nodes=(n.name, *(u.name for u in n.users if u.target is operator.getitem))))
+        for n, info in loops.items()
+        if n in order
+    ]
     found += [
         (order[node], _mixer(node, attention_label(node, getattr(masks.get(node), "label", ""))))
         for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION)
@@ -34,7 +40,8 @@ def describe(gm: fx.GraphModule, loops: Mapping[fx.Node, RegionInfo], masks: Map
 
 def _mixer(node: fx.Node, label: str) -> RegionInfo:
     tokens = str(node.meta["val"].shape[-2])
-    return RegionInfo("mixer", label, layer_of(node), module_of(node), source_of(node), tokens, ops=1)
+    layer, module, source = layer_of(node), module_of(node), source_of(node)
+    return RegionInfo("mixer", label, layer, module, source, tokens, ops=1, nodes=(node.name,))
 
 
 def region_info(region: Region) -> RegionInfo:
@@ -49,6 +56,7 @@ def region_info(region: Region) -> RegionInfo:
         source_of(heavy[0]),
         str(region.n),
         ops=len(region.nodes) + len(region.sums),
+        nodes=tuple(n.name for n in (*region.nodes, *region.sums)),
     )
 
 

@@ -12,11 +12,16 @@ _NOT_THE_USERS = ("/torch/nn/", "/torch/_", "/torch/utils/", "/torch/fx/", "/tor
 
 def source_of(node: fx.Node) -> str:
     """``file:line`` of the innermost frame outside torch itself, "" where none is known."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    for file, line, _ in reversed(frames):
-        if not any(part in file for part in _NOT_THE_USERS):
-            return f"{file}:{line}"
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    found = source_line(node.meta.get("stack_trace") or "")
+    return f"{found[0]}:{found[1]}" if found else ""
+
+
+def source_line(stack_trace: str) -> tuple[str, int] | None:
+    """(file, line) of the innermost frame of a printed stack outside torch itself."""
+    frames = [(file, int(line)) for file, line, _ in _FRAME.findall(stack_trace)]
+    users = [f for f in frames if not any(part in f[0] for part in _NOT_THE_USERS)]
+    found = users or frames
+    return found[-1] if found else None
 
 
 def module_of(node: fx.Node) -> str:
@@ -26,13 +31,13 @@ def module_of(node: fx.Node) -> str:
         return ""
     entry = list(stack.values())[-1]
     path = entry[0] if isinstance(entry, tuple) else str(entry)
-    return _clean(path)
+    return dotted(path)
 
 
-def _clean(path: str) -> str:
+def dotted(path: str) -> str:
     """Dynamo writes ``L['self']._modules['a']._modules['0']`` or ``G['m'].model.layers[0]``; make it dotted."""
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
-    path = re.sub(r"\.?_modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\.?_(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", path)
     path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
     return path.strip(".")
 

@@ -36,3 +36,12 @@ def test_infinite_values_are_dropped_not_multiplied() -> None:
     torch._dynamo.reset()
     x = torch.zeros(4, 4)
     assert torch.equal(torch.compile(mask, backend="mstc", options={"lower": "eager"})(x), mask(x))
+
+
+def test_flags_stay_flags() -> None:
+    def fill(x: Tensor) -> Tensor:
+        return x.masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), float("-inf"))
+
+    torch._dynamo.reset()
+    x = torch.randn(4, 4)
+    assert torch.equal(torch.compile(fill, backend="mstc", options={"lower": "eager"})(x), fill(x))

@@ -25,6 +25,7 @@ from mstc import compat
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
 from mstc.ops.pieces import Cut, dense_strides, order_of
+from mstc.ops.table import use_table_gradient
 
 aten = torch.ops.aten
 
@@ -314,6 +315,7 @@ def _assemble(
     for i in kept:
         if anchor is not None:
             anchor.prepend(kept_nodes[i])
+    use_table_gradient(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return BackwardBody(gm, used_tokens, used_shared, kept, used_grads, token_grads, shared_grads, factors, values)

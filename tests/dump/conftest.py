@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from mstc.dump import files
 from mstc.dump.files import Drawn
 from mstc.dump.model import Dump
 from testkit.dumps import explain_tiny
@@ -45,6 +50,47 @@ def browser() -> Iterator[Any]:
         launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield launched
         launched.close()
+
+
+SCRIPT = """
+import json, resource, sys, time
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import mstc
+
+config = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, max_position_embeddings=131072, use_cache=False)
+with torch.device("meta"):
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    ids = torch.zeros(1, 131072, dtype=torch.long)
+
+def loss_fn(ids):
+    return model(input_ids=ids, labels=ids).loss
+
+started = time.process_time()
+report = mstc.explain(loss_fn, ids)
+seconds = time.process_time() - started
+report.save(sys.argv[1])
+loops = sum(bool(r.loop) for r in report.regions)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"seconds": seconds, "gib": peak, "loops": loops}))
+"""
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The dump of Llama-3-8B, made in a process of its own, and what that took."""
+    folder = tmp_path_factory.mktemp("llama")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def llama_dump(llama: tuple[Path, dict[str, Any]]) -> Dump:
+    return files.read(llama[0])
 
 
 class Opened:

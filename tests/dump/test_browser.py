@@ -4,31 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from mstc.dump.diff import difference
-from mstc.dump.explain import explained
 from mstc.dump.model import Dump
-from mstc.options import parse_options
 from testkit.dumps import OPTIONS, WHOLE, explain, explain_tiny
 from testkit.tiny import Tiny, inputs, mean_loss
-
-
-@pytest.fixture(scope="module")
-def llama_dump() -> Dump:
-    """32 layers, as many nodes as the real one has; the widths do not matter to a page."""
-    from testkit import hf_models
-
-    with torch.device("meta"):
-        model = hf_models.causal("llama", torch.bfloat16, num_hidden_layers=32)
-        ids = torch.zeros(1, 65536, dtype=torch.long)
-
-    def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
-    return explained(loss_fn, (ids,), {}, parse_options({"mini_sequence": {"chunk_tokens": 4096}}), "")[1]
 
 
 def text_of(page: Any, selector: str) -> list[str]:
@@ -38,7 +20,7 @@ def text_of(page: Any, selector: str) -> list[str]:
 def test_a_folded_layer_expands(opened: Any, llama_dump: Dump) -> None:
     page = opened(llama_dump)
     (fold,) = llama_dump.graphs[0].folds
-    assert fold.count >= 31 and fold.period == 3
+    assert fold.count == 32
     assert text_of(page, ".frame > span") == [f"{fold.count} identical layers"]
     folded = page.locator(".card").count()
     page.click("text=Expand")
@@ -54,7 +36,7 @@ def test_a_block_opens_down_to_its_nodes(opened: Any, llama_dump: Dump) -> None:
     assert page.locator('.op[data-node^="linear"]').count() == 4
     assert "gated MLP" in text_of(page, "#detail h2")[0]
     page.click("[aria-label='Next layer']")
-    assert "layer 2 of 3" in page.locator(".crumbs").inner_text()
+    assert "layer 2 of 32" in page.locator(".crumbs").inner_text()
     page.click('.op[data-node^="linear"] >> nth=0')
     assert "modeling_llama.py" in page.locator("#detail .source").inner_text()
     assert "model.layers.1" in page.locator("#detail").inner_text()
@@ -194,7 +176,6 @@ def test_hostile_names_stay_text(opened: Any) -> None:
 
 
 def test_a_large_page_is_small_and_opens_fast(opened: Any, llama_dump: Dump, tmp_path: Any) -> None:
-    assert len(llama_dump.graphs[0].first) > 2000
     times = []
     for _ in range(3):
         page = opened(llama_dump)

@@ -105,7 +105,7 @@ M.opElement = (node, mark, onopen) => {
 
 M.opSize = (node) => {
   const label = node.kind === "op" ? node.op.replace(/^aten\./, "") : node.title || node.kind;
-  const wide = Math.max(label.length * 7.4, (node.value || node.name).length * 6.2) + 24;
+  const wide = Math.max(label.length * 8.2, (node.value || node.name).length * 6.4) + 26;
   return { width: Math.max(84, Math.min(wide, 230)), height: 40 };
 };
 

@@ -28,6 +28,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mstc import compat_autocast
@@ -54,11 +55,13 @@ __all__ = [
     "is_grad_mode_switch",
     "is_transform_switch",
     "isolated_tracing",
+    "keeps_guards",
     "lower_with",
     "mode_settings",
     "name_constants",
     "references",
     "trace_artifact",
+    "symbolic_lengths",
     "trace_flat",
     "trace_functional",
     "tracing_to_file",
@@ -291,6 +294,24 @@ def without_cudagraphs() -> Iterator[None]:
     """A loop body runs inside an operator, where a CUDA graph of its own cannot be recorded."""
     with inductor_config.patch({"triton.cudagraphs": False}):
         yield
+
+
+def symbolic_lengths(examples: Mapping[str, int]) -> tuple[FakeTensorMode, list[torch.SymInt]]:
+    """A fake mode of its own with a dynamic length for each name, and the lengths. Each is taken to be at least 2."""
+    env = ShapeEnv()
+    found = []
+    for name, example in examples.items():
+        source = ConstantSource(name)
+        symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
+        found.append(env.create_symintnode(symbol, hint=example, source=source))
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=env), found  # type: ignore[return-value]
+
+
+def keeps_guards(symbols: Sequence[torch.SymInt], values: Sequence[int]) -> bool:
+    """Whether these values agree with all that was decided about `symbolic_lengths` in tracing and compiling."""
+    env = symbols[0].node.shape_env
+    known = {s.node.expr: v for s, v in zip(symbols, values, strict=True)}
+    return min(values) >= 2 and all(bool(guard.expr.subs(known)) for guard in env.guards)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     """Put the loop in the region's place."""
     recipe = Recipe(
         site.chunks.count,
+        site.chunks.longest,
         ctx.training,
         site.kept,
         site.loss,
@@ -81,12 +82,13 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     program = build(region, recipe, ctx.compile_body)
     like = (region.heavy or region.nodes)[-1]
     tokens, shared = [n for n, _ in region.tokens], list(region.shared)
+    lengths = [editor.length(symbol, like=like) for symbol in program.lengths]
     if site.loss:
         seed = _seed(editor, region.sums[0])
-        call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seed, program.key), like=like)
+        call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seed, lengths, program.key), like=like)
         results = [*region.sums, *(n for n, _ in region.outputs)]
     else:
-        call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, program.key), like=like)
+        call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, lengths, program.key), like=like)
         results = [*(n for n, _ in region.outputs), *region.sums]
     pairs = [(old, _result(editor, call, i, old)) for i, old in enumerate(results)]
     removed = [n.name for n in (*region.nodes, *region.sums)]

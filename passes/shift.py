@@ -19,7 +19,7 @@ from mstc.graph.editor import Editor
 from mstc.graph.places import Place
 from mstc.graph.regions import Region, find_regions, make_region
 from mstc.graph.rules.call import Call
-from mstc.ops.body import forward_body
+from mstc.ops.body import LENGTH, dynamic_lengths, forward_body
 from mstc.passes.base import Context, Pass, refuse
 from mstc.plan.split import head_of
 from mstc.report import Fidelity, Refusal
@@ -48,7 +48,10 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[ShiftSite | Refusal]:
 
 def _site(axes: Axes, region: Region, value: fx.Node, place: Place) -> Iterator[ShiftSite | Refusal]:
     cuts = [u for u in value.users if _slices(u, place)]
-    if not cuts or not isinstance(region.n, int):
+    if not cuts:
+        return
+    if dynamic_lengths(region):
+        yield refuse("shift", cuts[0], "the length is dynamic", "shift the labels instead of the logits")
         return
     head = head_of(region, [value])
     if not any(is_heavy(n) for n in head):
@@ -88,7 +91,7 @@ def _range(node: fx.Node, n: int) -> tuple[int, int]:
 
 
 def apply(editor: Editor, site: ShiftSite, ctx: Context) -> None:
-    body = forward_body(site.head, site.length)
+    body = forward_body(site.head, {LENGTH: site.length})
     placeholders = body.graph.find_nodes(op="placeholder")
     like = site.head.nodes[0]
     values: dict[fx.Node, Any] = {}

@@ -19,6 +19,7 @@ from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.regions import find_regions
 from mstc.graph.rules.call import Call
+from mstc.graph.sizes import product, quotient, shape_of
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
 
@@ -50,8 +51,6 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
     for node in gm.graph.nodes:
         if node.target not in _LOSSES:
             continue
-        if any(isinstance(s, torch.SymInt) for i in node.all_input_nodes for s in i.meta["val"].shape):
-            continue  # its loop would be declined: the length is dynamic
         if Call(node).arg("reduction", MEAN) in (MEAN, SUM) and node.args[0].meta["val"].dim() > 1:
             yield LossSite(node)
     yield from _means(gm)
@@ -67,7 +66,7 @@ def _means(gm: fx.GraphModule) -> Iterator[LossSite]:
     for node in means:
         source = node.args[0]
         for region in regions:
-            if source in region.proofs and isinstance(region.n, int) and not axes.places(node, region.axis):
+            if source in region.proofs and not axes.places(node, region.axis):
                 yield LossSite(node)
                 break
 
@@ -90,8 +89,8 @@ def _mean_as_sum(editor: Editor, node: fx.Node) -> fx.Node:
     else:
         args = (source, call.arg("dim"), call.arg("keepdim", False))
         total = editor.call(aten.sum.dim_IntList, args, {"dtype": _wide(dtype)}, like=node)
-    count = source.meta["val"].numel() // max(node.meta["val"].numel(), 1)
-    mean = editor.call(aten.div.Tensor, (total, count), like=node)
+    count = quotient(product(shape_of(source.meta["val"])), product(shape_of(node.meta["val"])))
+    mean = editor.call(aten.div.Tensor, (total, editor.number(count, like=node)), like=node)
     return _cast(editor, mean, dtype, node)
 
 
@@ -118,7 +117,7 @@ def _divide(editor: Editor, call: Call, total: fx.Node, each: fx.Node) -> fx.Nod
     by_class = node.target in _CLASSIFYING and not target.meta["val"].is_floating_point()
     if not by_class:
         # Class probabilities: the mean is over tokens; other losses: over elements.
-        count = each.meta["val"].numel()
+        count = editor.number(product(shape_of(each.meta["val"])), like=node)
         return editor.call(aten.div.Tensor, (total, count), like=node)
     wide = total.meta["val"].dtype
     counted = editor.call(aten.ne.Scalar, (target, call.arg("ignore_index", -100)), like=node)

@@ -9,6 +9,9 @@ import torch.fx as fx
 
 aten = torch.ops.aten
 
+# Stands for a size that was never seen.
+UNKNOWN_LENGTH = 4096
+
 _MATMULS = (
     aten.linear.default,
     aten.addmm.default,
@@ -49,7 +52,7 @@ def hint(size: object) -> int:
     """A number for a size: itself, or the example that a symbolic size was traced with."""
     if isinstance(size, torch.SymInt):
         known = size.node.hint
-        return int(known) if known is not None else 4096
+        return int(known) if known is not None else UNKNOWN_LENGTH
     return int(size)  # type: ignore[call-overload, no-any-return]
 
 

@@ -6,6 +6,7 @@ import heapq
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.provenance import source_of
+from mstc.graph.sizes import Size, evaluate, same, shape_of, size, symbols_of
 from mstc.report import Edit
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "recompute", "ac_graph_id")
@@ -80,6 +82,24 @@ class Editor:
     def getitem(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:
         """Add ``node[index]`` right behind ``node``."""
         return self.call(operator.getitem, (node, index), like=like, before=node.next)
+
+    def number(self, expression: Size, *, like: fx.Node) -> Any:
+        """An int as it is; an expression in dynamic lengths as a node that computes it."""
+        lengths = {s: _Recorded(self, self.length(s, like=like), like) for s in symbols_of([expression])}
+        found = evaluate(expression, lengths)
+        return found.node if isinstance(found, _Recorded) else found
+
+    def length(self, symbol: Size, *, like: fx.Node) -> fx.Node:
+        """A node that holds a dynamic length: an input of the graph, or a size of one."""
+        node: fx.Node
+        for node in list(self.gm.graph.find_nodes(op="placeholder")):
+            value = node.meta["val"]
+            if isinstance(value, torch.SymInt) and same(size(value), symbol):
+                return node
+            for dim, extent in enumerate(shape_of(value) if isinstance(value, torch.Tensor) else ()):
+                if same(extent, symbol):
+                    return self.call(torch.ops.aten.sym_size.int, (node, dim), like=like)
+        raise AssertionError(f"no input of the graph tells the length {symbol}")
 
     def replace(self, old: fx.Node, new: fx.Node, what: str) -> None:
         """Let every user of ``old`` use ``new``; ``old`` goes when nothing needs it."""
@@ -155,6 +175,30 @@ class Editor:
         for node in order[1:]:
             last.append(node)
             last = node
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A dynamic size whose arithmetic becomes nodes."""
+
+    editor: Editor
+    node: fx.Node
+    like: fx.Node
+
+    def _with(self, target: Callable[..., Any], *operands: Any) -> _Recorded:
+        args = tuple(o.node if isinstance(o, _Recorded) else o for o in operands)
+        return replace(self, node=self.editor.call(target, args, like=self.like))
+
+    def __add__(self, other: Any) -> _Recorded:
+        return self._with(operator.add, self, other)
+
+    def __mul__(self, other: Any) -> _Recorded:
+        return self._with(operator.mul, self, other)
+
+    def __floordiv__(self, other: Any) -> _Recorded:
+        return self._with(operator.floordiv, self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 def _is_float(value: object) -> bool:

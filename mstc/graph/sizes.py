@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -22,11 +25,49 @@ def shape_of(tensor: torch.Tensor) -> tuple[Size, ...]:
     return tuple(size(s) for s in tensor.shape)
 
 
+class UnknownSize(ValueError):
+    """A size is made by a function of the lengths that `evaluate` does not know."""
+
+
+def symbols_of(sizes: Iterable[Size]) -> tuple[sympy.Symbol, ...]:
+    """The lengths that occur in these sizes, by name."""
+    found = {s for size in sizes if isinstance(size, sympy.Basic) for s in size.free_symbols}
+    return tuple(sorted(found, key=str))
+
+
+def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """The size for these values of its lengths: ints, SymInts or `fx.Proxy` (whose arithmetic is recorded).
+
+    Raises `UnknownSize` for anything but sums, products, whole powers and floor divisions.
+    """
+    if isinstance(size, int):
+        return size
+    if size.is_Symbol:
+        return values[size]
+    if size.is_Integer:
+        return int(size)
+    parts = [evaluate(a, values) for a in size.args]
+    if size.is_Add:
+        return functools.reduce(operator.add, parts)
+    if size.is_Mul:
+        return functools.reduce(operator.mul, parts)
+    if size.is_Pow and isinstance(parts[1], int) and parts[1] > 0:
+        return functools.reduce(operator.mul, [parts[0]] * parts[1])
+    if type(size).__name__ in ("FloorDiv", "CleanDiv"):
+        return parts[0] // parts[1]
+    raise UnknownSize(f"the size {size} is no sum, product or quotient of lengths")
+
+
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for every length (structurally, no guard)."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(sympy.simplify(a - b) == 0)
+    return a == b or _equal(a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _equal(a: Size, b: Size) -> bool:
+    return bool(sympy.expand(a - b) == 0)
 
 
 def product(sizes: Any) -> Size:
@@ -40,6 +81,11 @@ def quotient(a: Size, b: Size) -> Size | None:
     """a / b where b divides a for every length, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b != 0 and a % b == 0 else None
+    return _ratio(a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ratio(a: Size, b: Size) -> Size | None:
     ratio = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
     _, denominator = ratio.as_numer_denom()
     if denominator != 1:

@@ -14,16 +14,19 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.costs import hint
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
+from mstc.graph.sizes import Size, evaluate, shape_of, size, symbols_of
 from mstc.ops.pieces import Cut, dense_strides, order_of
 from mstc.ops.table import use_table_gradient
 
@@ -53,16 +56,25 @@ _BECOMES_VIEW = (
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
+# The length of the chunk that a body runs on, among the lengths that its sizes are made of.
+LENGTH = sympy.Symbol("chunk_length", integer=True, positive=True)
+
+Lengths = Mapping[sympy.Symbol, Any]  # what a body is made for: ints, SymInts, or proxies of its own inputs
+
+
 def cut_of(place: Place) -> Cut:
-    """The place of an axis as plain numbers."""
-    return Cut(place.dim, int(place.outer), int(place.inner))
+    """How to cut along the axis."""
+    return Cut(place.dim, place.outer, place.inner)
 
 
 @dataclass(frozen=True)
 class Value:
-    """Shape, layout, dtype and device of one whole tensor of a loop; ``cut`` is None where it is not cut."""
+    """Shape, layout, dtype and device of one whole tensor of a loop; ``cut`` is None where it is not cut.
 
-    shape: tuple[int, ...]
+    Sizes that are no numbers are expressions in the graph's dynamic lengths; `at` puts these in.
+    """
+
+    shape: tuple[Size, ...]
     order: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -71,32 +83,85 @@ class Value:
     @staticmethod
     def of(node: fx.Node, place: Place | None) -> Value:
         x = node.meta["val"]
-        return Value(tuple(x.shape), order_of(x), x.dtype, x.device, cut_of(place) if place else None)
+        return Value(shape_of(x), order_of(x), x.dtype, x.device, cut_of(place) if place else None)
 
-    def chunk(self, length: int) -> tuple[int, ...]:
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every size in it that may depend on a dynamic length."""
+        return (*self.shape, self.cut.outer, self.cut.inner) if self.cut else self.shape
+
+    def at(self, lengths: Lengths) -> Value:
+        """The same value at these lengths."""
+        cut = self.cut
+        if cut is not None:
+            cut = Cut(cut.dim, evaluate(cut.outer, lengths), evaluate(cut.inner, lengths))
+        return replace(self, shape=tuple(evaluate(s, lengths) for s in self.shape), cut=cut)
+
+    def chunk(self, length: Size) -> tuple[Size, ...]:
         return self.cut.shape(self.shape, length) if self.cut else self.shape
 
-    def fake(self, mode: compat.FakeTensorMode, length: int) -> torch.Tensor:
+    def fake(self, mode: compat.FakeTensorMode, lengths: Lengths) -> torch.Tensor:
         """A stand-in for a dense chunk (or for the whole where nothing is cut)."""
-        shape = self.chunk(length)
+        shape = tuple(evaluate(s, lengths) for s in self.chunk(LENGTH))
         strides = dense_strides(shape, self.order)
         with mode:
             return torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
 
 
-def forward_body(region: Region, length: int) -> fx.GraphModule:
-    """The region's own nodes on chunks of ``length``: (tokens..., shared...) -> [outputs..., sums...]."""
+def dynamic_lengths(region: Region) -> tuple[sympy.Symbol, ...]:
+    """The dynamic lengths that the region's sizes are made of."""
+    return symbols_of(_sizes(region))
+
+
+def _sizes(region: Region) -> Iterator[Size]:
+    yield region.n
+    inside = (*region.nodes, *region.sums)
+    places = [*(p for _, p in (*region.tokens, *region.outputs)), *(p.place for p in region.proofs.values())]
+    yield from (s for place in places for s in (place.outer, place.inner))
+    for node in dict.fromkeys((*inside, *(i for n in inside for i in n.all_input_nodes))):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            yield from shape_of(value)
+        elif isinstance(value, torch.SymInt):
+            yield size(value)
+
+
+def forward_body(region: Region, lengths: Lengths | None) -> fx.GraphModule:
+    """The region's own nodes on a chunk: (tokens..., shared..., lengths...) -> [outputs..., sums...].
+
+    lengths: what the chunk's length `LENGTH` and the dynamic lengths are; where None, the body takes them as inputs,
+    the chunk's own last.
+    """
     graph = fx.Graph()
     env: dict[tuple[fx.Node, Place | None], fx.Node] = {}
     for i, (node, place) in enumerate(region.tokens):
         env[node, place] = graph.placeholder(f"t{i}")
     for i, node in enumerate(region.shared):
         env[node, None] = graph.placeholder(f"s{i}")
+    if lengths is None:
+        tracer = fx.proxy.GraphAppendingTracer(graph)
+        names = (*dynamic_lengths(region), LENGTH)
+        lengths = {s: fx.Proxy(graph.placeholder(f"n{i}"), tracer) for i, s in enumerate(names)}
     made: dict[fx.Node, fx.Node] = {}
     for node in (*region.nodes, *region.sums):
-        made[node] = _copy(graph, region, node, length, env, made)
+        made[node] = _copy(graph, region, node, lengths, env, made)
     values = [made[n] for n, _ in region.outputs] + [made[n] for n in region.sums]
     graph.output(values)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def with_lengths(body: fx.GraphModule, values: Sequence[int]) -> fx.GraphModule:
+    """A body for dynamic lengths (its last inputs) with numbers in their place."""
+    inputs = body.graph.find_nodes(op="placeholder")
+    numbers: dict[fx.Node, Any] = dict(zip(inputs[len(inputs) - len(values) :], values, strict=True))
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in body.graph.nodes:
+        args = fx.node.map_arg(node.args, lambda n: numbers.get(n, n))
+        if node.op == "call_function" and node.all_input_nodes and all(i in numbers for i in node.all_input_nodes):
+            numbers[node] = node.target(*args)  # arithmetic of lengths
+        elif node not in numbers:
+            made[node] = graph.node_copy(node, lambda n: numbers[n] if n in numbers else made[n])
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
@@ -104,14 +169,20 @@ def _copy(
     graph: fx.Graph,
     region: Region,
     node: fx.Node,
-    length: int,
+    lengths: Lengths,
     env: dict[tuple[fx.Node, Place | None], fx.Node],
     made: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     """One node of the region in the body, its inputs mapped one by one as its proof says."""
     needs = iter(region.proofs[node].needs) if node in region.proofs else iter(())
 
-    def lookup(source: fx.Node) -> fx.Node:
+    def number(value: Size) -> Any:
+        found = evaluate(value, lengths)
+        return found.node if isinstance(found, fx.Proxy) else found
+
+    def lookup(source: fx.Node) -> Any:
+        if isinstance(source.meta.get("val"), torch.SymInt):
+            return number(size(source.meta["val"]))
         need = next(needs, None) if isinstance(source.meta.get("val"), torch.Tensor) else None
         return made[source] if source in made else env[source, need]
 
@@ -119,7 +190,8 @@ def _copy(
     kwargs = fx.node.map_arg(node.kwargs, lookup)
     target: Any = node.target
     if node in region.proofs and (target in _TAKES_SIZES or target in _BECOMES_VIEW):
-        shape = list(cut_of(region.proofs[node].place).shape(node.meta["val"].shape, length))
+        whole = shape_of(node.meta["val"])
+        shape = [number(s) for s in cut_of(region.proofs[node].place).shape(whole, LENGTH)]
         if target in _BECOMES_VIEW:
             target, args, kwargs = aten.reshape.default, (args[0], shape), {}
         else:
@@ -143,8 +215,9 @@ class BackwardBody:
     """The joint graph of a body and how to call it.
 
     gm: (tokens at ``tokens``..., shared at ``shared``..., kept outputs at ``kept``..., gradients of the
-    outputs and sums at ``grads``...) -> flat list. In that list, ``token_grads[i]`` and ``shared_grads[j]`` are
-    the positions of the gradients of token input i and shared input j, ``factors`` those of weight factors.
+    outputs and sums at ``grads``..., dynamic lengths...) -> flat list. In that list, ``token_grads[i]`` and
+    ``shared_grads[j]`` are the positions of the gradients of token input i and shared input j, ``factors`` those of
+    weight factors.
     ``values``: positions of the forward's own results where they were asked for.
     """
 
@@ -216,13 +289,14 @@ def backward_body(
     result_needs: Sequence[bool],
     keepable: Sequence[bool],
     with_values: bool = False,
+    lengths: Sequence[torch.SymInt] = (),
 ) -> BackwardBody:
     """Trace the vector-Jacobian product of a body over fake chunks.
 
     token_needs, shared_needs: which inputs need gradients; results: fakes of the outputs and sums,
     result_needs: which of them have gradients; keepable: which outputs are kept anyway and may be
     read instead of being recomputed; with_values: also return all results (for a loss whose
-    gradients are computed in the forward).
+    gradients are computed in the forward); lengths: what a body for dynamic lengths takes besides.
     """
     names = [n.name for n in body.graph.find_nodes(op="placeholder")]
     weights = {names[len(tokens) + j]: j for j, need in enumerate(shared_needs) if need and shared[j].dim() == 2}
@@ -230,12 +304,12 @@ def backward_body(
     layout: dict[str, Any] = {}
 
     def joint(*flat: Any) -> list[Any]:
-        gs = flat[len(tokens) + len(shared) :]
+        gs = flat[len(tokens) + len(shared) : len(flat) - len(lengths)]
         with torch.enable_grad():
             ts = _leaves(flat[: len(tokens)], token_needs)
             ss = _leaves(flat[len(tokens) : len(tokens) + len(shared)], shared_needs)
             run = _Differentiating(body, weights)
-            outs = run.run(*ts, *ss)
+            outs = run.run(*ts, *ss, *flat[len(flat) - len(lengths) :])
             pairs = [(outs[i], g) for i, g in zip(grads, gs, strict=True) if outs[i].requires_grad]
             wanted = [t for t in ts if t.requires_grad] + [s for s in ss if s.requires_grad]
             wanted += [y for _, _, y, _ in run.products]
@@ -250,7 +324,7 @@ def backward_body(
 
     cotangents = [torch.empty_like(results[i]) for i in grads]
     with torch.no_grad():
-        gm = compat.trace_flat(joint, [*tokens, *shared, *cotangents])
+        gm = compat.trace_flat(joint, [*tokens, *shared, *cotangents, *lengths])
     return _assemble(
         gm, layout, len(tokens), len(shared), token_needs, shared_needs, grads, len(results), keepable, with_values
     )
@@ -302,11 +376,11 @@ def _assemble(
     gm.graph.output_node().args = (out,)
     gm.graph.eliminate_dead_code()
     token_ph, shared_ph = placeholders[:n_tokens], placeholders[n_tokens : n_tokens + n_shared]
-    grad_ph = placeholders[n_tokens + n_shared :]
+    grad_ph = placeholders[n_tokens + n_shared : n_tokens + n_shared + len(grads)]
     used_tokens = tuple(i for i, p in enumerate(token_ph) if p.users or p in out)
     used_shared = tuple(j for j, p in enumerate(shared_ph) if p.users or p in out)
     used_grads = tuple(g for g, p in zip(grads, grad_ph, strict=True) if p.users or p in out)
-    for p in placeholders:
+    for p in (*token_ph, *shared_ph, *grad_ph):
         if not p.users and p not in out:
             gm.graph.erase_node(p)
     # Kept outputs stand between the shared inputs and the gradients.
@@ -372,16 +446,19 @@ def flops_of(gm: fx.GraphModule) -> float:
     for node in gm.graph.nodes:
         if node.target in _PRODUCTS and isinstance(node.meta.get("val"), torch.Tensor):
             left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
-            total += 2.0 * node.meta["val"].numel() * left.meta["val"].shape[-1]
+            total += 2.0 * hint(node.meta["val"].numel()) * hint(left.meta["val"].shape[-1])
     return total
 
 
 __all__ = [
+    "LENGTH",
     "BackwardBody",
     "Factors",
     "Value",
     "backward_body",
     "cut_of",
+    "dynamic_lengths",
     "flops_of",
     "forward_body",
+    "with_lengths",
 ]

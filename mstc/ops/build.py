@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.costs import UNKNOWN_LENGTH, hint
 from mstc.graph.regions import Region
+from mstc.graph.sizes import size
 from mstc.graph.text import canonical_text, digest
 from mstc.ops import program as programs
-from mstc.ops.body import BackwardBody, Value, backward_body, flops_of, forward_body
+from mstc.ops.body import (
+    LENGTH,
+    BackwardBody,
+    Value,
+    backward_body,
+    dynamic_lengths,
+    flops_of,
+    forward_body,
+    with_lengths,
+)
+from mstc.ops.dynamic import DynamicBodies
 from mstc.ops.pieces import balanced
 from mstc.ops.program import Backward, Program
 
-Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
+Call = Callable[..., Any]
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Call]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a region is to run.
 
-    count: number of chunks; training: whether gradients are recorded; kept: for each output, whether it
+    count: number of chunks; longest: most indices in a chunk where the length is dynamic;
+    training: whether gradients are recorded; kept: for each output, whether it
     is kept anyway; loss: gradients are computed in the forward; accumulate: see `Program`;
     mode: whatever else tells bodies apart (lowering, determinism).
     """
 
     count: int
+    longest: int
     training: bool
     kept: tuple[bool, ...]
     loss: bool
@@ -40,76 +57,180 @@ class Recipe:
 
 def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
     """The loop program of a region; identical regions share one, compiled at its first use."""
-    tokens = tuple(Value.of(n, p) for n, p in region.tokens)
-    shared = tuple(Value.of(n, None) for n in region.shared)
-    outputs = tuple(Value.of(n, p) for n, p in region.outputs)
-    sums = tuple(Value.of(n, None) for n in region.sums)
-    token_needs = tuple(recipe.training and bool(n.meta.get("needs_grad")) for n, _ in region.tokens)
-    shared_needs = tuple(recipe.training and bool(n.meta.get("needs_grad")) for n in region.shared)
-    result_needs = tuple(
-        recipe.training and bool(n.meta.get("needs_grad")) for n in (*(n for n, _ in region.outputs), *region.sums)
-    )
-    n = int(region.n)
-    lengths = sorted({length for _, length in balanced(n, recipe.count)}, reverse=True)
-    body = forward_body(region, lengths[0])
-    key = "mstc_" + digest(
-        canonical_text(body.graph), tokens, shared, outputs, sums, token_needs, shared_needs, result_needs, n, recipe
-    )
+    builder = _Builder(region, recipe, compiler)
+    lengths = dynamic_lengths(region)
+    body = forward_body(region, None if lengths else {LENGTH: builder.static_lengths()[0]})
+    key = "mstc_" + digest(canonical_text(body.graph), builder.values(), builder.needs, region.n, recipe)
     if programs.known(key):
         return programs.program(key)
-    differentiable = any(result_needs) and (any(token_needs) or any(shared_needs))
-    forward: dict[int, Callable[..., Any]] = {}
-    backward: dict[int, Callable[..., Any]] = {}
-    traced: BackwardBody | None = None
-    flops = (0.0, 0.0)
-    for length in lengths:
-        mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = [v.fake(mode, length) for v in (*tokens, *shared)]
-        body = forward_body(region, length)
-        with compat.isolated_tracing(mode):
-            # As the loop reads and writes them: dense, whatever views the body returns.
-            results = [v.fake(mode, length) for v in (*outputs, *sums)]
-            if differentiable:
-                traced = backward_body(
-                    body,
-                    fakes[: len(tokens)],
-                    fakes[len(tokens) :],
-                    token_needs,
-                    shared_needs,
-                    results,
-                    result_needs,
-                    recipe.kept,
-                    with_values=recipe.loss,
-                )
-                flops = (flops[0], flops_of(traced.gm) * recipe.count)
-        if not (recipe.loss and differentiable):
-            forward[length] = compiler(body, fakes)
-        if traced is not None:
-            laid_out = [v.fake(mode, length) for v in (*outputs, *sums)]
-            backward[length] = compiler(traced.gm, _inputs(traced, fakes, laid_out, len(tokens)))
-    made = Program(
-        key,
-        recipe.label,
-        n,
-        recipe.count,
-        tokens,
-        shared,
-        outputs,
-        sums,
-        token_needs,
-        shared_needs,
-        forward,
-        _backward(traced, backward) if traced is not None else None,
-        recipe.accumulate,
-        *flops,
-    )
+    made = builder.dynamic(key, lengths) if lengths else builder.static(key)
     programs.register(made)
     return made
 
 
+@dataclass(frozen=True)
+class _Bodies:
+    """Compiled bodies for one set of lengths, and the joint graph that the backward came from."""
+
+    forward: Call | None
+    backward: Call | None
+    traced: BackwardBody | None
+
+
+class _Builder:
+    """Traces and compiles the bodies of one region."""
+
+    def __init__(self, region: Region, recipe: Recipe, compiler: Compiler) -> None:
+        self.region, self.recipe, self.compiler = region, recipe, compiler
+        self.tokens = tuple(Value.of(n, p) for n, p in region.tokens)
+        self.shared = tuple(Value.of(n, None) for n in region.shared)
+        self.outputs = tuple(Value.of(n, p) for n, p in region.outputs)
+        self.sums = tuple(Value.of(n, None) for n in region.sums)
+        self.token_needs = self._needs(n for n, _ in region.tokens)
+        self.shared_needs = self._needs(region.shared)
+        self.result_needs = self._needs((*(n for n, _ in region.outputs), *region.sums))
+
+    def _needs(self, nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
+        return tuple(self.recipe.training and bool(n.meta.get("needs_grad")) for n in nodes)
+
+    @property
+    def needs(self) -> tuple[tuple[bool, ...], ...]:
+        return self.token_needs, self.shared_needs, self.result_needs
+
+    @property
+    def differentiable(self) -> bool:
+        return any(self.result_needs) and (any(self.token_needs) or any(self.shared_needs))
+
+    def values(self) -> tuple[tuple[Value, ...], ...]:
+        return self.tokens, self.shared, self.outputs, self.sums
+
+    def static_lengths(self) -> list[int]:
+        """The chunk lengths that occur, longest first."""
+        chunks = balanced(int(self.region.n), self.recipe.count)
+        return sorted({length for _, length in chunks}, reverse=True)
+
+    def static(self, key: str) -> Program:
+        """One body for each chunk length."""
+        made = {}
+        for length in self.static_lengths():
+            mode, lengths = compat.FakeTensorMode(allow_non_fake_inputs=True), {LENGTH: length}
+            made[length] = self._compile(mode, forward_body(self.region, lengths), lengths, ())
+        return self._program(
+            key,
+            next(iter(made.values())).traced,
+            {length: b.forward for length, b in made.items() if b.forward is not None},
+            {length: b.backward for length, b in made.items() if b.backward is not None},
+        )
+
+    def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
+        """One symbolic body, which takes the lengths as inputs."""
+        names = (*lengths, LENGTH)
+        examples = {**examples_of(self.region), LENGTH: self.recipe.longest}
+        mode, symints = compat.symbolic_lengths({str(s): max(examples[s], 2) for s in names})
+        body = forward_body(self.region, None)
+        made = self._compile(mode, body, dict(zip(names, symints, strict=True)), symints)
+
+        def special(values: Sequence[int]) -> tuple[Call | None, Call | None]:
+            mode, own_lengths = compat.FakeTensorMode(allow_non_fake_inputs=True), dict(zip(names, values, strict=True))
+            own = self._compile(mode, with_lengths(body, values), own_lengths, ())
+            return own.forward, _as_laid_out(own, made.traced)
+
+        bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
+        program = self._program(key, made.traced, {}, {})
+        return replace(program, lengths=lengths, longest=self.recipe.longest, dynamic=bodies)
+
+    def _compile(
+        self,
+        mode: compat.FakeTensorMode,
+        body: fx.GraphModule,
+        lengths: Mapping[sympy.Symbol, Any],
+        inputs: Sequence[torch.SymInt],
+    ) -> _Bodies:
+        """The bodies for these lengths; ``inputs`` are those that the body takes as inputs."""
+        recipe = self.recipe
+        fakes = [v.fake(mode, lengths) for v in (*self.tokens, *self.shared)]
+        traced = None
+        with compat.isolated_tracing(mode):
+            # As the loop reads and writes them: dense, whatever views the body returns.
+            results = [v.fake(mode, lengths) for v in (*self.outputs, *self.sums)]
+            if self.differentiable:
+                traced = backward_body(
+                    body,
+                    fakes[: len(self.tokens)],
+                    fakes[len(self.tokens) :],
+                    self.token_needs,
+                    self.shared_needs,
+                    results,
+                    self.result_needs,
+                    recipe.kept,
+                    with_values=recipe.loss,
+                    lengths=inputs,
+                )
+        forward = None if recipe.loss and traced is not None else self.compiler(body, [*fakes, *inputs])
+        if traced is None:
+            return _Bodies(forward, None, None)
+        arguments = [*_inputs(traced, fakes, results, len(self.tokens)), *inputs]
+        return _Bodies(forward, self.compiler(traced.gm, arguments), traced)
+
+    def _program(
+        self, key: str, traced: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
+    ) -> Program:
+        recipe = self.recipe
+        return Program(
+            key,
+            recipe.label,
+            self.region.n,
+            recipe.count,
+            self.tokens,
+            self.shared,
+            self.outputs,
+            self.sums,
+            self.token_needs,
+            self.shared_needs,
+            forward,
+            _backward(traced, backward) if traced is not None else None,
+            recipe.accumulate,
+            flops_backward=flops_of(traced.gm) * recipe.count if traced is not None else 0.0,
+        )
+
+
+def examples_of(region: Region) -> dict[sympy.Symbol, int]:
+    """The lengths that the graph was captured with."""
+    found: dict[sympy.Symbol, int] = {}
+    nodes = (*region.nodes, *region.sums)
+    for node in dict.fromkeys((*nodes, *(i for n in nodes for i in n.all_input_nodes))):
+        value = node.meta.get("val")
+        for s in value.shape if isinstance(value, torch.Tensor) else [value]:
+            if isinstance(s, torch.SymInt) and isinstance(symbol := size(s), sympy.Symbol):
+                found[symbol] = hint(s)
+    return {s: found.get(s, UNKNOWN_LENGTH) for s in dynamic_lengths(region)}
+
+
+def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:
+    """The backward body for special lengths, its results in the places where the general one has them.
+
+    The same node may serve as two results at one length and not at another.
+    """
+    a, b, run = own.traced, general, own.backward
+    if a is None or b is None or run is None:
+        return run
+    called = replace(a, gm=b.gm, token_grads=b.token_grads, shared_grads=b.shared_grads, factors=b.factors)
+    assert replace(called, values=b.values) == b, "a body for special lengths reads other inputs"
+    pairs = [(a.token_grads[i], at) for i, at in b.token_grads.items()]
+    pairs += [(a.shared_grads[j], at) for j, at in b.shared_grads.items()]
+    pairs += [p for x, y in zip(a.factors, b.factors, strict=True) for p in ((x.x, y.x), (x.dy, y.dy))]
+    pairs += list(zip(a.values, b.values, strict=True))
+    places = {at: found for found, at in pairs}
+    return lambda *args: _pick(run(*args), places)
+
+
+def _pick(results: Sequence[Any], places: Mapping[int, int]) -> list[Any]:
+    return [results[places[i]] if i in places else None for i in range(max(places, default=-1) + 1)]
+
+
 def _inputs(
     traced: BackwardBody, fakes: Sequence[torch.Tensor], results: Sequence[torch.Tensor], n_tokens: int
-) -> list[torch.Tensor]:
+) -> list[Any]:
     return [
         *(fakes[i] for i in traced.tokens),
         *(fakes[n_tokens + j] for j in traced.shared),

@@ -1,17 +1,19 @@
 """The loop ops: ``mstc::loop`` with its backward, and ``mstc::loss_loop``.
 
-    mstc::loop(tokens, shared, key) -> [outputs..., sums...]
+    mstc::loop(tokens, shared, lengths, key) -> [outputs..., sums...]
         runs the body chunk by chunk; its backward runs one joint body per chunk, in reverse.
-    mstc::loss_loop(tokens, shared, seed, key) -> [sums..., outputs..., gradients...]
+    mstc::loss_loop(tokens, shared, seed, lengths, key) -> [sums..., outputs..., gradients...]
         a region that ends in one differentiable sum: the gradients for an incoming gradient
         ``seed`` are computed along with the sum and scaled by ``incoming / seed`` in the backward.
 
-Both are pure functions of their inputs; what they run is fetched from the registry by ``key``.
+Both are pure functions of their inputs; what they run is fetched from the registry by ``key``. ``lengths`` are the
+values of the dynamic lengths that the program's sizes are made of: none where the graph is static.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,13 +28,16 @@ from mstc.ops.program import Backward, Program, program
 from mstc.ops.workspace import workspace
 
 Tensors = Sequence[torch.Tensor]
+Lengths = Sequence[Any]  # values of a program's dynamic lengths: ints, or SymInts while the graph is traced
 
-torch.library.define("mstc::loop", "(Tensor[] tokens, Tensor[] shared, str key) -> Tensor[]")
+torch.library.define("mstc::loop", "(Tensor[] tokens, Tensor[] shared, SymInt[] lengths, str key) -> Tensor[]")
 torch.library.define(
     "mstc::loop_backward",
-    "(Tensor?[] grads, Tensor[] tokens, Tensor[] shared, Tensor[] kept, str key) -> Tensor[]",
+    "(Tensor?[] grads, Tensor[] tokens, Tensor[] shared, Tensor[] kept, SymInt[] lengths, str key) -> Tensor[]",
 )
-torch.library.define("mstc::loss_loop", "(Tensor[] tokens, Tensor[] shared, Tensor seed, str key) -> Tensor[]")
+torch.library.define(
+    "mstc::loss_loop", "(Tensor[] tokens, Tensor[] shared, Tensor seed, SymInt[] lengths, str key) -> Tensor[]"
+)
 
 
 # -- reading and writing chunks ------------------------------------------------------------------
@@ -78,8 +83,8 @@ class _Sums:
 
 
 @torch.library.impl("mstc::loop", "CompositeExplicitAutograd")
-def _loop(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
-    p = program(key)
+def _loop(tokens: Tensors, shared: Tensors, lengths: Lengths, key: str) -> list[torch.Tensor]:
+    p = program(key).at(lengths)
     with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
         whole = [dense(s, v.order) for s, v in zip(shared, p.shared, strict=True)]
         outputs = [_allocate(v) for v in p.outputs]
@@ -93,16 +98,21 @@ def _loop(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
         return [*outputs, *sums.results()]
 
 
-def _loop_fake(tokens: Tensors, shared: Tensors, key: str) -> list[torch.Tensor]:
+def _loop_fake(tokens: Tensors, shared: Tensors, lengths: Lengths, key: str) -> list[torch.Tensor]:
     p = program(key)
-    return [_allocate(v) for v in (*p.outputs, *p.sums)]
+    return [_fake(p, v, lengths) for v in (*p.outputs, *p.sums)]
 
 
 @torch.library.impl("mstc::loop_backward", "CompositeExplicitAutograd")
 def _loop_backward(
-    grads: Sequence[torch.Tensor | None], tokens: Tensors, shared: Tensors, kept: Tensors, key: str
+    grads: Sequence[torch.Tensor | None],
+    tokens: Tensors,
+    shared: Tensors,
+    kept: Tensors,
+    lengths: Lengths,
+    key: str,
 ) -> list[torch.Tensor]:
-    p = program(key)
+    p = program(key).at(lengths)
     b = _backward_of(p)
     with record_function(f"mstc::{p.label} backward"), torch.no_grad(), no_autocast(), workspace():
         token_values = [p.tokens[i] for i in b.tokens]
@@ -138,13 +148,25 @@ def _write_zeros(x: torch.Tensor, value: Value, n: int, start: int, length: int)
 
 
 def _loop_backward_fake(
-    grads: Sequence[torch.Tensor | None], tokens: Tensors, shared: Tensors, kept: Tensors, key: str
+    grads: Sequence[torch.Tensor | None],
+    tokens: Tensors,
+    shared: Tensors,
+    kept: Tensors,
+    lengths: Lengths,
+    key: str,
 ) -> list[torch.Tensor]:
-    p = program(key)
-    return [_allocate(p.tokens[i]) for i in _needing(p.token_needs)] + [
-        torch.empty(p.shared[j].shape, dtype=p.shared[j].dtype, device=p.shared[j].device)
-        for j in _needing(p.shared_needs)
-    ]
+    return _fake_gradients(program(key), lengths)
+
+
+def _fake(p: Program, value: Value, lengths: Lengths) -> torch.Tensor:
+    return _allocate(value.at(dict(zip(p.lengths, lengths, strict=True))))
+
+
+def _fake_gradients(p: Program, lengths: Lengths) -> list[torch.Tensor]:
+    """Of the token inputs, laid out as they are; of the shared inputs, contiguous."""
+    shared = [replace(v, order=tuple(range(len(v.shape)))) for v in p.shared]
+    wanted = [p.tokens[i] for i in _needing(p.token_needs)] + [shared[j] for j in _needing(p.shared_needs)]
+    return [_fake(p, v, lengths) for v in wanted]
 
 
 torch.library.register_fake("mstc::loop", _loop_fake)
@@ -165,9 +187,9 @@ def _backward_of(p: Program) -> Backward:
 
 
 def _loop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tokens, shared, key = inputs
+    tokens, shared, lengths, key = inputs
     p = program(key)
-    ctx.key = key
+    ctx.key, ctx.lengths = key, lengths
     ctx.set_materialize_grads(False)
     if p.backward is None:
         return
@@ -180,10 +202,19 @@ def _loop_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
     b = _backward_of(p)
     saved = ctx.saved_tensors
     a, c = len(b.tokens), len(b.tokens) + len(b.shared)
-    found = iter(torch.ops.mstc.loop_backward(list(grads), list(saved[:a]), list(saved[a:c]), list(saved[c:]), ctx.key))
+    found = iter(
+        torch.ops.mstc.loop_backward(
+            list(grads), list(saved[:a]), list(saved[a:c]), list(saved[c:]), ctx.lengths, ctx.key
+        )
+    )
     token_grads = [next(found) if need else None for need in p.token_needs]
     shared_grads = [next(found) if need else None for need in p.shared_needs]
-    return token_grads, shared_grads, None
+    return token_grads, shared_grads, _no_gradients(ctx.lengths), None
+
+
+def _no_gradients(lengths: Sequence[object]) -> list[None] | None:
+    """What stands for the lengths among gradients: an empty list counts as one of tensors, any other as one value."""
+    return None if lengths else []
 
 
 torch.library.register_autograd("mstc::loop", _loop_vjp, setup_context=_loop_setup)
@@ -193,8 +224,8 @@ torch.library.register_autograd("mstc::loop", _loop_vjp, setup_context=_loop_set
 
 
 @torch.library.impl("mstc::loss_loop", "CompositeExplicitAutograd")
-def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -> list[torch.Tensor]:
-    p = program(key)
+def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, lengths: Lengths, key: str) -> list[torch.Tensor]:
+    p = program(key).at(lengths)
     b = _backward_of(p)
     with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
         token_values = [p.tokens[i] for i in b.tokens]
@@ -226,23 +257,18 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -
         ]
 
 
-def _loss_loop_fake(tokens: Tensors, shared: Tensors, seed: torch.Tensor, key: str) -> list[torch.Tensor]:
+def _loss_loop_fake(
+    tokens: Tensors, shared: Tensors, seed: torch.Tensor, lengths: Lengths, key: str
+) -> list[torch.Tensor]:
     p = program(key)
-    return (
-        [_allocate(v) for v in (*p.sums, *p.outputs)]
-        + [_allocate(p.tokens[i]) for i in _needing(p.token_needs)]
-        + [
-            torch.empty(p.shared[j].shape, dtype=p.shared[j].dtype, device=p.shared[j].device)
-            for j in _needing(p.shared_needs)
-        ]
-    )
+    return [*(_fake(p, v, lengths) for v in (*p.sums, *p.outputs)), *_fake_gradients(p, lengths)]
 
 
 torch.library.register_fake("mstc::loss_loop", _loss_loop_fake)
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, seed, key = inputs
+    _, _, seed, _, key = inputs
     p = program(key)
     ctx.key = key
     ctx.set_materialize_grads(False)
@@ -257,12 +283,12 @@ def _loss_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
     if any(g is not None for g in grads[1:]):
         raise LoopError(f"the loop {p.label} gives gradients of its loss only")
     if incoming is None:
-        return [None] * len(p.tokens), [None] * len(p.shared), None, None
+        return [None] * len(p.tokens), [None] * len(p.shared), None, _no_gradients(p.lengths), None
     ratio = incoming / seed.to(incoming.dtype)
     scaled = iter([u * ratio.to(u.dtype) for u in unit])
     token_grads = [next(scaled) if need else None for need in p.token_needs]
     shared_grads = [next(scaled) if need else None for need in p.shared_needs]
-    return token_grads, shared_grads, None, None
+    return token_grads, shared_grads, None, _no_gradients(p.lengths), None
 
 
 torch.library.register_autograd("mstc::loss_loop", _loss_vjp, setup_context=_loss_setup)

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
+from mstc.graph.costs import hint
+from mstc.graph.sizes import Size, shape_of
+
 
 @dataclass(frozen=True)
 class Cut:
     """Where the axis stands: size(dim) = outer * n * inner, row-major (see `mstc.graph.places.Place`)."""
 
     dim: int
-    outer: int
-    inner: int
+    outer: Size
+    inner: Size
 
     def view(self, x: torch.Tensor, n: int, start: int, length: int) -> torch.Tensor:
         """The indices ``start .. start + length`` of the axis, as a view with the axis as its own dimension."""
@@ -49,13 +52,14 @@ def order_of(x: torch.Tensor) -> tuple[int, ...]:
     """Dimensions from the slowest to the fastest in memory.
 
     Dimensions of size 1 keep their own positions, so that a contiguous tensor's order is its own; where a
-    broadcast dimension hides the order, it is the contiguous one.
+    broadcast dimension hides the order, it is the contiguous one. Dynamic sizes are ordered as in the example.
     """
     natural = tuple(range(x.dim()))
-    wide = [d for d in natural if x.shape[d] != 1]
-    if any(x.stride()[d] == 0 for d in wide):
+    wide = [d for d, n in enumerate(shape_of(x)) if n != 1]
+    strides = [hint(s) for s in x.stride()]
+    if any(strides[d] == 0 for d in wide):
         return natural
-    by_stride = iter(sorted(wide, key=lambda d: (-x.stride()[d], d)))
+    by_stride = iter(sorted(wide, key=lambda d: (-strides[d], d)))
     return tuple(next(by_stride) if d in wide else d for d in natural)
 
 
@@ -65,7 +69,7 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
     step = 1
     for d in reversed(order):
         strides[d] = step
-        step *= max(int(shape[d]), 1)
+        step = step * (shape[d] if not isinstance(shape[d], int) else max(shape[d], 1))
     return tuple(strides)
 
 

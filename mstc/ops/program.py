@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 
 from mstc.errors import LoopError
+from mstc.graph.sizes import Size, evaluate
 from mstc.ops.body import Factors, Value
+from mstc.ops.dynamic import DynamicBodies
 from mstc.ops.pieces import balanced
+
+Bodies = Mapping[int, Callable[..., Any]]  # by the length of the chunk
 
 
 @dataclass(frozen=True)
 class Backward:
     """Compiled backward bodies by chunk length, and how to call them (see `mstc.ops.body.BackwardBody`)."""
 
-    run: dict[int, Callable[..., Any]]
+    run: Bodies
     tokens: tuple[int, ...]
     shared: tuple[int, ...]
     kept: tuple[int, ...]
@@ -33,15 +38,18 @@ class Backward:
 class Program:
     """Everything that a loop op needs at run time.
 
-    n: length of the axis; count: number of chunks; tokens, shared, outputs, sums: the whole tensors;
+    n: length of the axis; count: number of chunks (in the example, where the length is dynamic); tokens, shared,
+    outputs, sums: the whole tensors;
     token_needs, shared_needs: which inputs get gradients; forward: compiled bodies by chunk
     length (empty where a loss's gradients come with it); backward: None in inference;
-    accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients.
+    accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients;
+    lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
+    chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call.
     """
 
     key: str
     label: str
-    n: int
+    n: Size
     count: int
     tokens: tuple[Value, ...]
     shared: tuple[Value, ...]
@@ -49,15 +57,44 @@ class Program:
     sums: tuple[Value, ...]
     token_needs: tuple[bool, ...]
     shared_needs: tuple[bool, ...]
-    forward: dict[int, Callable[..., Any]]
+    forward: Bodies
     backward: Backward | None
     accumulate: str
     flops_forward: float = 0.0
     flops_backward: float = 0.0
-    chunks: list[tuple[int, int]] = field(default_factory=list)
+    lengths: tuple[sympy.Symbol, ...] = ()
+    longest: int = 0
+    dynamic: DynamicBodies | None = None
 
-    def __post_init__(self) -> None:
-        self.chunks.extend(balanced(self.n, self.count))
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """(start, length) of the chunks."""
+        return balanced(self.n, self.count)
+
+    def at(self, values: Sequence[int]) -> Program:
+        """The same for a call with these dynamic lengths."""
+        if self.dynamic is None:
+            return self
+        known = dict(zip(self.lengths, values, strict=True))
+        n = int(evaluate(self.n, known))
+
+        def at(whole: tuple[Value, ...]) -> tuple[Value, ...]:
+            return tuple(v.at(known) for v in whole)
+
+        forward, backward = self.dynamic.at(values)
+        return replace(
+            self,
+            n=n,
+            count=max(-(-n // self.longest), 1),
+            tokens=at(self.tokens),
+            shared=at(self.shared),
+            outputs=at(self.outputs),
+            sums=at(self.sums),
+            forward=forward,
+            backward=self.backward and replace(self.backward, run=backward),
+            lengths=(),
+            dynamic=None,
+        )
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
         low = dtype in (torch.bfloat16, torch.float16)

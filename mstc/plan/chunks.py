@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from mstc.graph.costs import hint, is_heavy, nbytes, numel
+from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, nbytes, numel
 from mstc.graph.regions import Region
+from mstc.graph.sizes import UnknownSize, evaluate
+from mstc.ops.body import dynamic_lengths
+from mstc.ops.build import examples_of
 
 # Working set of one chunk that the automatic choice aims at, and the fewest tokens that keep matrix
 # products efficient: measured on the CPU benchmark (docs/benchmarks.md, "Chunk sizes").
@@ -20,14 +21,20 @@ SCORES = 16 * 2**20
 FEWEST_QUERIES = 64
 # Whole intermediates below this are not worth a loop.
 WORTH = 96 * 2**20
+# A dynamic length is planned as if it had at least so many tokens.
+PLANNED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The choice: ``count`` chunks (1: stay whole), and why."""
+    """The choice: ``count`` chunks (1: stay whole), and why.
+
+    longest: most indices in a chunk of a dynamic length, whose count varies from call to call.
+    """
 
     count: int
     reason: str
+    longest: int = 0
 
 
 def tokens_of(region: Region) -> int:
@@ -37,7 +44,10 @@ def tokens_of(region: Region) -> int:
 
 
 def hint_n(region: Region) -> int:
-    return int(region.n) if isinstance(region.n, int) else 4096
+    """The length of the axis, of a dynamic one that in the example."""
+    if isinstance(region.n, int):
+        return region.n
+    return int(evaluate(region.n, dict.fromkeys(dynamic_lengths(region), UNKNOWN_LENGTH) | examples_of(region)))
 
 
 def intermediate_bytes(region: Region) -> int:
@@ -57,8 +67,8 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     Below ``2 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
     nothing that matters: the region stays whole.
     """
-    if not is_static(region):
-        return Chunks(1, "the length is dynamic (a symbol), and loops over dynamic lengths are not built yet")
+    if not isinstance(region.n, int) or dynamic_lengths(region):
+        return _choose_dynamic(region, chunk_tokens)
     n, tokens = hint_n(region), tokens_of(region)
     if isinstance(chunk_tokens, int):
         count = min(-(-tokens // chunk_tokens), n)
@@ -69,18 +79,37 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     if tokens < 4 * FEWEST_TOKENS or total < WORTH:
         return Chunks(1, f"{tokens} tokens with {total / 2**20:.0f} MiB of intermediates: chunks would not pay")
     widest = max((nbytes(x) for x in region.nodes), default=0)
-    fitting = int(WORKING_SET * tokens / max(widest, 1))
-    per_chunk = max(min(fitting, MOST_TOKENS), FEWEST_TOKENS)
-    per_chunk = 1 << (per_chunk.bit_length() - 1)
+    per_chunk = _tokens_per_chunk(tokens, widest)
     count = _even(n, min(-(-tokens // per_chunk), n))
     return Chunks(count, f"{tokens // count} tokens per chunk")
 
 
+def _choose_dynamic_queries(region: Region, chunk_tokens: int | str) -> Chunks:
+    """Chunks of queries of a dynamic length: planned for ``PLANNED_TOKENS`` queries and keys, or more where there are."""
+    try:
+        n = hint_n(region)
+    except UnknownSize as problem:
+        return Chunks(1, str(problem))
+    longest = chunk_tokens
+    if not isinstance(longest, int):
+        growth = max(PLANNED_TOKENS / n, 1.0)
+        widest = max(nbytes(x) for x in region.nodes) * growth**2
+        longest = max(int(n * growth * SCORES / widest), FEWEST_QUERIES)
+    return Chunks(max(-(-n // longest), 2), f"{longest} queries per chunk of a dynamic length", longest)
+
+
+def _tokens_per_chunk(tokens: int, widest: int) -> int:
+    """A power of two whose widest value fits into the working set."""
+    fitting = int(WORKING_SET * tokens / max(widest, 1))
+    per_chunk = max(min(fitting, MOST_TOKENS), FEWEST_TOKENS)
+    return 1 << (per_chunk.bit_length() - 1)
+
+
 def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
     """Chunks of queries for attention that is written out: as asked, or where ``"auto"`` by its widest scores."""
-    if not is_static(region):
-        return Chunks(1, "the length is dynamic (a symbol), and loops over dynamic lengths are not built yet")
-    n = hint_n(region)
+    if not isinstance(region.n, int) or dynamic_lengths(region):
+        return _choose_dynamic_queries(region, chunk_tokens)
+    n = region.n
     if isinstance(chunk_tokens, int):
         count = min(-(-n // chunk_tokens), n)
         return Chunks(count, f"{chunk_tokens} queries per chunk as asked" if count > 1 else f"{n} queries fit into one")
@@ -103,9 +132,19 @@ def _even(n: int, count: int) -> int:
     return count
 
 
-def is_static(region: Region) -> bool:
-    """Whether every size in the region is a number."""
-    values = [n.meta.get("val") for n in (*region.nodes, *region.sums, *region.shared, *(t for t, _ in region.tokens))]
-    return isinstance(region.n, int) and not any(
-        isinstance(s, torch.SymInt) for v in values if isinstance(v, torch.Tensor) for s in (*v.shape, *v.stride())
-    )
+def _choose_dynamic(region: Region, chunk_tokens: int | str) -> Chunks:
+    """Chunks of a dynamic length: planned for the example, or for ``PLANNED_TOKENS`` where that is shorter.
+
+    One graph serves all lengths, and the length at hand may well be the shortest.
+    """
+    try:
+        n, tokens = hint_n(region), tokens_of(region)
+    except UnknownSize as problem:
+        return Chunks(1, str(problem))
+    scale = max(PLANNED_TOKENS / max(tokens, 1), 1.0)
+    widest = max((nbytes(x) for x in region.nodes), default=0)
+    per_chunk = chunk_tokens if isinstance(chunk_tokens, int) else _tokens_per_chunk(tokens, widest)
+    if chunk_tokens == "auto" and intermediate_bytes(region) * scale < WORTH:
+        return Chunks(1, f"{PLANNED_TOKENS} tokens would have too few intermediates: chunks would not pay")
+    longest = max(per_chunk * n // max(tokens, 1), 1)
+    return Chunks(max(-(-n // longest), 2), f"{per_chunk} tokens per chunk of a dynamic length", longest)

@@ -23,7 +23,7 @@ from mstc.graph.regions import Region
 from mstc.graph.rules import TABLE, flow_of
 from mstc.graph.rules.call import operands_of
 from mstc.graph.rules.pointwise import is_pointwise
-from mstc.ops.body import cut_of, forward_body
+from mstc.ops.body import LENGTH, cut_of, forward_body
 from mstc.ops.pieces import balanced
 from testkit.op_cases import CASES
 from testkit.pick import Pick
@@ -96,7 +96,7 @@ def run_in_pieces(region: Region, place: Place, count: int) -> list[Tensor]:
     outputs = [torch.full_like(i.meta["val"], 77) for i, _ in region.outputs]
     for start, length in balanced(n, count):
         pieces = [cut_of(p).read(o.meta["val"], n, start, length).contiguous() for o, p in region.tokens]
-        found = forward_body(region, length)(*pieces, *(s.meta["val"] for s in region.shared))
+        found = forward_body(region, {LENGTH: length})(*pieces, *(s.meta["val"] for s in region.shared))
         for out, piece in zip(outputs, found, strict=True):
             assert piece.shape == cut_of(place).shape(out.shape, length), "a piece has another shape than its place"
             cut_of(place).write(out, n, start, length, piece)

@@ -85,7 +85,7 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
 
 
 def _choose_dynamic_queries(region: Region, chunk_tokens: int | str) -> Chunks:
-    """Chunks of queries of a dynamic length: planned for ``PLANNED_TOKENS`` queries and keys, or more where there are."""
+    """Chunks of queries of a dynamic length: planned for ``PLANNED_TOKENS`` queries and keys at least."""
     try:
         n = hint_n(region)
     except UnknownSize as problem:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mstc.cli.console import make_table
+from mstc.dump.blocks import WORDS
 from mstc.dump.diff import Difference, GraphDifference
 from mstc.dump.model import Block, Dump, GraphDump
 from mstc.dump.text import bytes_text, count_text
@@ -74,7 +75,7 @@ def _row(block: Block, indent: bool) -> list[Text]:
     looped = block.chunks > 1
     return [
         Text(("  " if indent else "") + block.label),
-        Text(block.status, style=_COLOURS[block.status]),
+        Text(WORDS.get(block.status, block.status), style=_COLOURS[block.status]),
         Text(str(block.chunks) if looped else ""),
         Text(block.tokens),
         Text(count_text(block.flops).strip() if block.flops else ""),

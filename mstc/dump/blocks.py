@@ -4,11 +4,11 @@ A loop, a region left whole and a mixer are blocks of their own; what lies betwe
 gathered into blocks of kind "rest". What happened to a block is its status:
 
     chunked      runs a few tokens at a time
-    loss         the same, and its gradients are computed along with the loss
+    loss         ("head with loss") the same, and its gradients are computed along with the loss
     recomputed   chunked, and run again in the backward instead of being kept
     rewritten    another pass changed it
     refused      a candidate that was left as it was (the refusal tells why)
-    kept         as it was written, and nothing was to be done
+    kept         ("as written") nothing was to be done
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mstc.dump.nodes import short
 from mstc.report import Refusal, RegionInfo
 
 CHUNKING = ("lm_head", "mini_sequence", "query_chunks")  # passes that put loops in the place of regions
+WORDS = {"loss": "head with loss", "kept": "as written"}  # what people read, where it is not the status itself
 _LEFT_OUT = ("parameter", "buffer", "output")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
+from mstc.dump.blocks import WORDS
 from mstc.dump.model import Block, Dump, Fold, GraphDump, Node, Stage
 
 
@@ -73,7 +74,7 @@ def blocks_text(blocks: Sequence[Block], folds: Sequence[Fold]) -> str:
 
 
 def block_line(block: Block) -> str:
-    parts = [block.label, block.status]
+    parts = [block.label, WORDS.get(block.status, block.status)]
     if block.chunks > 1:
         parts.append(f"{block.chunks} chunks")
     if block.flops:

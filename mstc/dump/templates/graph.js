@@ -96,15 +96,18 @@ M.canvas = (plane, size, places, settings) => {
   return { view, fit, centre: (id) => { moved = true; return centre(id); } };
 };
 
+// An operator without its namespace; of an input's path the end, which tells it apart.
+const opLabel = (node) => (node.kind === "op" ? node.op.replace(/^aten\./, "") : node.title.split(".").slice(-3).join(".") || node.kind);
+
 // One operator as an element; marks: "added", "removed", "changed", "context".
 M.opElement = (node, mark, onopen) => {
-  const label = node.kind === "op" ? node.op.replace(/^aten\./, "") : node.title || node.kind;
-  return M.h("button.op", { class: `${node.kind} ${mark || ""}`, title: `${node.name}\n${node.value}`, "data-node": node.name,
+  const label = opLabel(node);
+  return M.h("button.op", { class: `${node.kind} ${mark || ""}`, title: `${node.title || node.name}\n${node.value}`, "data-node": node.name,
     onclick: () => onopen(node) }, M.h("b", {}, label), M.h("small", {}, node.value || node.name));
 };
 
 M.opSize = (node) => {
-  const label = node.kind === "op" ? node.op.replace(/^aten\./, "") : node.title || node.kind;
+  const label = opLabel(node);
   const wide = Math.max(label.length * 8.2, (node.value || node.name).length * 6.4) + 26;
   return { width: Math.max(84, Math.min(wide, 230)), height: 40 };
 };

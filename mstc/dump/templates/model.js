@@ -10,6 +10,7 @@ M.modelTab = (app) => {
   let canvas = null;
 
   const show = () => {
+    root.classList.toggle("opened", state.open !== null);
     if (!app.graph.blocks.length) return M.clear(stage, M.h("p.empty", {}, "This graph holds no operator."));
     const drawn = state.open === null ? drawBlocks(app, state, actions) : drawNodes(app, state, actions);
     canvas = drawn.canvas;
@@ -120,7 +121,7 @@ function drawNodes(app, state, actions) {
   const nodes = all.slice(state.page * MOST_NODES, (state.page + 1) * MOST_NODES);
   const refused = new Set(g.refusals.map((r) => r.node));
   const { items, edges } = M.opGraph(g, nodes, (n) => (refused.has(n.name) ? "refused" : ""), actions.node, (name) => g.byName.get(name));
-  const canvas = M.draw(items, edges, [], { label: block.label, layout: { nodesep: 16, ranksep: 26 }, least: 0.5 });
+  const canvas = M.draw(items, edges, [], { label: block.label, layout: { nodesep: 16, ranksep: 26 }, least: 0.65 });
   return { canvas, head: crumbs(g, block, all, state, actions) };
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mstc.passes.base import Pass
+from mstc.passes.draws import DRAWS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.masks import MASKS
 from mstc.passes.mini_sequence import MINI_SEQUENCE
@@ -22,6 +23,7 @@ PASSES: tuple[Pass, ...] = (
     QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads
     SHIFT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
+    DRAWS,  # before the loops, which take no random op
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop
     MINI_SEQUENCE,
     RECOMPUTE,  # tags the loops of mini_sequence

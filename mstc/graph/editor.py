@@ -135,9 +135,13 @@ class Editor:
         """Bring the nodes into a valid order, drop dead ones, check and recompile."""
         graph = self.gm.graph
         self._sort()
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() and not _draws_nothing(n))
+        graph.eliminate_dead_code(is_impure_node=self._must_stay)
         graph.lint()
         self.gm.recompile()
+
+    def _must_stay(self, node: fx.Node) -> bool:
+        """What nothing reads, but has an effect. A random op goes where another draws in its place."""
+        return node.is_impure() and not (_draws_nothing(node) or node in self._replaced)
 
     def _evaluate(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])

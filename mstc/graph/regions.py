@@ -20,6 +20,7 @@ import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis, NotTokenwise, Tokenwise
 from mstc.graph.costs import is_heavy, matmul_flops
+from mstc.graph.draws import draws_mask
 from mstc.graph.editor import has_order
 from mstc.graph.places import Place
 from mstc.graph.rules.call import operands_of
@@ -58,14 +59,15 @@ class Region:
         return tuple(n for n in self.nodes if is_heavy(n))
 
 
-def find_regions(graph: fx.Graph, axes: Axes) -> list[Region]:
+def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Region]:
     """All regions that hold a product with a weight.
 
     One axis after another claims its nodes, until none is left that is tokenwise along any.
+    drawing: let masks be drawn inside, as if they were drawn outside already.
     """
     regions: list[Region] = []
     taken = position_only(graph, axes)
-    for axis, proofs in _token_axes(graph, axes, taken):
+    for axis, proofs in _token_axes(graph, axes, taken, drawing):
         for nodes in _components(graph, proofs):
             if any(_has_weight(n) for n in nodes):
                 regions.append(make_region(axes, axis, nodes))
@@ -74,7 +76,9 @@ def find_regions(graph: fx.Graph, axes: Axes) -> list[Region]:
     return sorted(regions, key=lambda r: order[r.nodes[0]])
 
 
-def _token_axes(graph: fx.Graph, axes: Axes, taken: set[fx.Node]) -> Iterator[tuple[Axis, dict[fx.Node, Tokenwise]]]:
+def _token_axes(
+    graph: fx.Graph, axes: Axes, taken: set[fx.Node], drawing: bool
+) -> Iterator[tuple[Axis, dict[fx.Node, Tokenwise]]]:
     """Axes to cut, best first, with the nodes not ``taken`` that are tokenwise along each.
 
     Axes that stand in a weight are features. Where attention, a scan or an unknown op mixes an axis, it is a
@@ -97,7 +101,7 @@ def _token_axes(graph: fx.Graph, axes: Axes, taken: set[fx.Node]) -> Iterator[tu
         most = max(flops[a] for a in pool)
         best = max((a for a in pool if flops[a] >= 0.9 * most), key=lambda a: (length.get(a, 0.0), -a))
         tried.add(best)
-        yield best, _proofs(graph, axes, best, taken)
+        yield best, _proofs(graph, axes, best, taken, drawing)
 
 
 def _sequences(graph: fx.Graph, axes: Axes) -> tuple[set[Axis], dict[Axis, float]]:
@@ -116,10 +120,10 @@ def _sequences(graph: fx.Graph, axes: Axes) -> tuple[set[Axis], dict[Axis, float
     return sequences, length
 
 
-def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node]) -> dict[fx.Node, Tokenwise]:
+def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node], drawing: bool) -> dict[fx.Node, Tokenwise]:
     proofs: dict[fx.Node, Tokenwise] = {}
     for node in graph.nodes:
-        if node in excluded or not _may_enter(node):
+        if node in excluded or not (_may_enter(node) or (drawing and draws_mask(node))):
             continue
         if node.target is operator.getitem and node.args[0] not in proofs:
             continue  # one of several results of a node that stays outside
@@ -132,7 +136,8 @@ def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node]) -> 
 def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
     """Values made of constants, integers and tables without tokens only: positions, rotary angles, masks.
 
-    They are small and shared by all layers, so they stay outside regions and enter as inputs.
+    They are small and shared by all layers, so they stay outside regions and enter as inputs. What is made of
+    random draws is neither.
     """
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -146,6 +151,7 @@ def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
             node.op == "call_function"
             and not node.meta.get("needs_grad")
             and node.target not in _LEFT_OUT
+            and not has_order(node)
             and all(i in found for i in node.all_input_nodes)
         ):
             found.add(node)
@@ -218,15 +224,27 @@ def _components(graph: fx.Graph, proofs: Mapping[fx.Node, Tokenwise]) -> list[se
         stage[node] = max(
             (stage[p] + (1 if p in proofs and not inside else 0) for p in node.all_input_nodes), default=0
         )
-        if inside:
-            parent[node] = node
-            for p in node.all_input_nodes:
-                if p in proofs and stage[p] == stage[node]:
-                    parent[find(node)] = find(p)
+    _lift_masks(stage, proofs)
+    for node in proofs:
+        parent[node] = node
+        for p in node.all_input_nodes:
+            if p in proofs and stage[p] == stage[node]:
+                parent[find(node)] = find(p)
     groups: dict[fx.Node, set[fx.Node]] = {}
     for node in proofs:
         groups.setdefault(find(node), set()).add(node)
     return list(groups.values())
+
+
+def _lift_masks(stage: dict[fx.Node, int], proofs: Mapping[fx.Node, Tokenwise]) -> None:
+    """Put what is made of random draws alone into the stage of its first user: it waits for nothing."""
+    masks: set[fx.Node] = set()
+    for node in proofs:
+        if node.all_input_nodes and all(i in masks or has_order(i) for i in node.all_input_nodes):
+            masks.add(node)
+    for node in reversed(list(proofs)):
+        if node in masks and node.users and all(u in proofs for u in node.users):
+            stage[node] = max(stage[node], min(stage[u] for u in node.users))
 
 
 def _may_enter(node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ from mstc.graph.costs import hint
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
 from mstc.graph.sizes import Size, evaluate, shape_of, size, symbols_of
+from mstc.ops import keep as keep  # defines mstc::keep
 from mstc.ops.pieces import Cut, dense_strides, order_of
 from mstc.ops.table import use_table_gradient
 
@@ -44,6 +45,7 @@ _TAKES_SIZES = {
     aten.zeros.default: 0,
     aten.ones.default: 0,
     aten.full.default: 0,
+    torch.ops.mstc.keep.default: 1,
 }
 # A squeeze would also drop an axis whose chunks have length 1.
 _BECOMES_VIEW = (

@@ -10,6 +10,7 @@ import torch.fx as fx
 from mstc.graph.places import Flow
 from mstc.graph.rules.attention import ATTENTION_RULES
 from mstc.graph.rules.call import Call, Rule
+from mstc.graph.rules.draws import DRAW_RULES
 from mstc.graph.rules.index import INDEX_RULES
 from mstc.graph.rules.matmul import MATMUL_RULES
 from mstc.graph.rules.pointwise import POINTWISE_RULES, is_pointwise, pointwise
@@ -23,6 +24,7 @@ TABLE: dict[object, Rule] = {
     **REDUCE_RULES,
     **INDEX_RULES,
     **ATTENTION_RULES,
+    **DRAW_RULES,
 }
 
 __all__ = ["TABLE", "Call", "Rule", "flow_of", "rule_of"]

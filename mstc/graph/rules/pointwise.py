@@ -28,16 +28,8 @@ def pointwise(call: Call) -> Flow | None:
     return call.flow(*(broadcast_map(len(s), rank) for s in call.shapes))
 
 
-def dropout(call: Call) -> Flow | None:
-    """Dropout that drops nothing; one that draws is a mixer here, so that its order of draws is kept."""
-    if call.arg("train") and call.arg("p") > 0:
-        return None
-    return pointwise(call)
-
-
 # Pointwise, but not tagged so.
 POINTWISE_RULES: dict[object, Rule] = {
-    aten.dropout.default: dropout,
     **dict.fromkeys(
         (
             aten.__and__.Tensor,
@@ -72,6 +64,9 @@ POINTWISE_RULES: dict[object, Rule] = {
             aten.log_sigmoid.default,
             aten.square.default,
             aten.clip.default,
+            # Random: they keep their order, so no region takes them unless what they draw is drawn outside.
+            aten.dropout.default,
+            aten.bernoulli.p,
         ),
         pointwise,
     ),

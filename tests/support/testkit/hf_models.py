@@ -1,4 +1,4 @@
-"""Hugging Face models of tiny random configuration, without dropout."""
+"""Hugging Face models of tiny random configuration, without dropout unless it is asked for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
-_NO_DROPOUT = (
+_DROPOUTS = (
     "dropout",
     "attention_dropout",
     "activation_dropout",
@@ -70,14 +70,14 @@ _NO_DROPOUT = (
 )
 
 
-def config_of(kind: str, **settings: Any) -> Any:
-    """A configuration with all dropout at 0."""
+def config_of(kind: str, dropout: float = 0.0, **settings: Any) -> Any:
+    """A configuration with all dropouts at ``dropout``."""
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[kind](**settings)
-    for name in _NO_DROPOUT:
+    for name in _DROPOUTS:
         if hasattr(config, name):
-            setattr(config, name, 0.0)
+            setattr(config, name, dropout)
     return config
 
 

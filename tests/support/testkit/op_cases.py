@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mstc.ops import keep as keep  # defines mstc::keep
 from testkit.pick import Pick
 
 aten = torch.ops.aten
@@ -47,6 +48,13 @@ def _with_integer(p: Pick) -> Args:
 def _copy(p: Pick) -> Args:
     shape = p.shape()
     return p.tensor(shape), p.tensor(p.smaller(shape))
+
+
+def _keep(p: Pick) -> Args:
+    shape, n = p.shape(), p.size()
+    dim, outer, inner = p.int(0, len(shape) - 1), p.size(), p.size()
+    shape[dim] = outer * n * inner
+    return p.indices([n], 2**62), shape, dim, outer, inner, 0.7
 
 
 def _masked(other: bool) -> Case:
@@ -333,6 +341,9 @@ def _attention(p: Pick) -> Args | tuple[Args, dict[str, Any]]:
 
 
 CASES: dict[Any, Case] = {
+    # Draws that leave no choice: pieces draw other numbers than the whole.
+    aten.bernoulli.p: lambda p: (p.tensor(p.shape()), p.one(0.0, 1.0)),
+    torch.ops.mstc.keep.default: _keep,
     aten.dropout.default: lambda p: (p.tensor(p.shape()), *p.one((0.5, False), (0.0, True))),
     **dict.fromkeys((aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor), _two(torch.bool)),
     **dict.fromkeys((aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar), _with_integer),

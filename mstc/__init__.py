@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mstc.dump.explain import explain
-    from mstc.errors import DumpError, LoopError, MstcError, OptionError, StrictError, VerificationError
+    from mstc.errors import DumpError, LoopError, MstcError, OptionError, PlanError, StrictError, VerificationError
     from mstc.options import Options, parse_options
     from mstc.report import Report, clear_reports, reports
     from mstc.wrapper import wrap
@@ -24,6 +24,7 @@ __all__ = [
     "MstcError",
     "OptionError",
     "Options",
+    "PlanError",
     "Report",
     "StrictError",
     "VerificationError",
@@ -41,6 +42,7 @@ _HOME = {
     "MstcError": "mstc.errors",
     "OptionError": "mstc.errors",
     "Options": "mstc.options",
+    "PlanError": "mstc.errors",
     "Report": "mstc.report",
     "StrictError": "mstc.errors",
     "VerificationError": "mstc.errors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DumpError", "LoopError", "MstcError", "OptionError", "StrictError", "VerificationError"]
+__all__ = ["DumpError", "LoopError", "MstcError", "OptionError", "PlanError", "StrictError", "VerificationError"]
 
 
 class MstcError(Exception):
@@ -27,3 +27,7 @@ class LoopError(MstcError, RuntimeError):
 
 class DumpError(MstcError, ValueError):
     """What was asked to be dumped, or to be read as a dump, is none."""
+
+
+class PlanError(MstcError, ValueError):
+    """No plan meets the memory budget, or a device or model to plan for is not known."""

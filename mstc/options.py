@@ -19,6 +19,7 @@ from mstc.errors import OptionError
 
 __all__ = [
     "PASSES",
+    "Budget",
     "LmHead",
     "Masks",
     "MiniSequence",
@@ -79,6 +80,14 @@ class Recompute:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """The peak to stay under, in bytes; ``outside`` is held by what this graph cannot see ("auto": what is in use)."""
+
+    total: int
+    outside: int | Literal["auto"] = 0
+
+
+@dataclass(frozen=True)
 class Options:
     """Checked options; `parse_options` makes them.
 
@@ -91,6 +100,7 @@ class Options:
     mini_sequence: MiniSequence = MiniSequence()
     lm_head: LmHead = LmHead()
     recompute: Recompute = Recompute()
+    memory_budget: Budget | None = None
     accumulate: Literal["float32", "param"] = "float32"
     unused_outputs: tuple[int | str, ...] = ()
     lower: Literal["inductor", "aot_eager", "eager"] = "inductor"
@@ -103,6 +113,8 @@ class Options:
         """Whether the pass runs. Passes that are not built yet never do; an unknown name is an `OptionError`."""
         if pass_name in _RECORDS:
             return bool(getattr(self, pass_name).enabled)
+        if pass_name == "memory_budget":
+            return self.memory_budget is not None
         if pass_name in PASSES:
             return False
         raise OptionError(_unknown("pass", pass_name, PASSES))
@@ -113,6 +125,7 @@ class Options:
         plain = (f.name for f in fields(self) if f.name not in _RECORDS and f.name != "asked")
         values |= {name: getattr(self, name) for name in plain}
         values["unused_outputs"] = list(self.unused_outputs)
+        values["memory_budget"] = asdict(self.memory_budget) if self.memory_budget else None
         return values
 
 
@@ -172,7 +185,7 @@ def _is_bytes(value: object) -> bool:
     return _is_int(value, 1) or (isinstance(value, str) and _BYTES_PATTERN.fullmatch(value) is not None)
 
 
-_BYTES_PATTERN = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?)?B")
+_BYTES_PATTERN = re.compile(r"(\d+(\.\d+)?)\s*([KMGT]i?)?B")
 _ANY = _Rule("a torch.distributed DeviceMesh", lambda v: v is not None)
 _BOOL = _Rule("True or False", lambda v: isinstance(v, bool))
 _CHUNK = _Rule('a number of tokens (an int above 0) or "auto"', _is_count_or_auto)
@@ -264,16 +277,28 @@ def _check_unbuilt_pass(name: str, value: Any) -> None:
         raise _not_built(name, value, "False")
 
 
-def _check_budget(value: Any) -> None:
+def _check_budget(value: Any) -> Budget | None:
     if value is None:
-        return
-    if isinstance(value, Mapping):
-        _check_mapping("memory_budget", value, _BUDGET)
-        if "total" not in value:
-            raise OptionError(f"option 'memory_budget' needs 'total': {_BUDGET['total'].allowed}")
-    else:
+        return None
+    if not isinstance(value, Mapping):
         _check_value("memory_budget", value, _BYTES)
-    raise _not_built("memory_budget", value, "None")
+        return Budget(_in_bytes(value))
+    _check_mapping("memory_budget", value, _BUDGET)
+    if "total" not in value:
+        raise OptionError(f"option 'memory_budget' needs 'total': {_BUDGET['total'].allowed}")
+    return Budget(_in_bytes(value["total"]), value.get("outside", 0))
+
+
+def _in_bytes(value: int | str) -> int:
+    """Bytes of "20GiB" (2**30 each), "20GB" (10**9 each) or a plain number."""
+    if isinstance(value, int):
+        return value
+    found = _BYTES_PATTERN.fullmatch(value)
+    assert found is not None
+    unit = found[3] or ""
+    base = 1024 if unit.endswith("i") else 1000
+    power = "KMGT".index(unit[0]) + 1 if unit else 0
+    return int(float(found[1]) * base**power)
 
 
 def _check_settings(name: str, value: Any) -> dict[str, Any]:

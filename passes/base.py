@@ -27,7 +27,10 @@ class Context:
     options: the user's; training: whether gradients are recorded; facts: what one pass proved
     about a node for others to read (``facts["masks"][node]`` and so on);
     compile_body: lowers a loop body for fake example inputs; explained: bodies are not to run, so
-    their programs must not be taken for compiled ones.
+    their programs must not be taken for compiled ones;
+    planning: the graph is a draft that never runs.
+    counts, again: the plan under a memory budget: chunks of a loop by the names of the products in its region, and
+    which loops (by those names) and mixers run again in the backward; products: those names by loop call.
     """
 
     options: Options
@@ -36,6 +39,10 @@ class Context:
     plan: list[str] = field(default_factory=list)
     compile_body: Compiler = _no_compiler
     explained: bool = False
+    planning: bool = False
+    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
+    again: dict[str, bool] = field(default_factory=dict)
+    products: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

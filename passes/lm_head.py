@@ -18,7 +18,7 @@ from mstc.graph.editor import Editor
 from mstc.graph.labels import region_label
 from mstc.graph.regions import find_regions
 from mstc.passes.base import Context, Pass, refuse
-from mstc.passes.loops import LoopSite, apply_loop, ends_in_loss
+from mstc.passes.loops import LoopSite, apply_loop, chunks_of, ends_in_loss
 from mstc.plan.chunks import choose
 from mstc.plan.split import split_head
 from mstc.report import Fidelity, Refusal
@@ -30,8 +30,10 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
         if not region.sums:
             continue
         _, head = split_head(axes, region)
-        chunks = choose(head, ctx.options.lm_head.chunk_tokens)
-        if chunks.count == 1:
+        asked = ctx.options.lm_head.chunk_tokens
+        planned = chunks_of(head, asked, ctx)
+        chunks = planned or choose(head, asked)
+        if planned is None and chunks.count == 1:
             yield refuse("lm_head", head.heavy[-1], chunks.reason, "a longer sequence, or a smaller chunk_tokens")
             continue
         kept = tuple(True for _ in head.outputs)

@@ -15,10 +15,12 @@ import torch.fx as fx
 from mstc.graph.describe import region_info
 from mstc.graph.editor import Editor
 from mstc.graph.regions import Region
+from mstc.ops import loop as _registered  # noqa: F401  (the ops that are called below)
+from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import Recipe, build
 from mstc.ops.program import Program
 from mstc.passes.base import Context
-from mstc.plan.chunks import Chunks
+from mstc.plan.chunks import Chunks, choose, drafted
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,21 @@ class LoopSite:
     loss: bool
     label: str
     mixer: bool = False
+
+
+def products_of(region: Region) -> tuple[str, ...]:
+    """The names of a region's products, by which a plan knows it."""
+    return tuple(n.name for n in region.heavy)
+
+
+def chunks_of(region: Region, asked: int | str, ctx: Context) -> Chunks | None:
+    """The plan's number of chunks, a draft's, or None where neither decides."""
+    if dynamic_lengths(region):
+        return None
+    if ctx.planning:
+        return choose(region, asked) if isinstance(asked, int) else drafted(region)
+    count = ctx.counts.get(products_of(region))
+    return None if count is None else Chunks(count, "as planned under the memory budget")
 
 
 def is_loop(node: fx.Node) -> bool:
@@ -75,8 +92,11 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         site.kept,
         site.loss,
         ctx.options.accumulate,
-        f"{ctx.options.lower} {torch.are_deterministic_algorithms_enabled()}" + " explained" * ctx.explained,
+        f"{ctx.options.lower} {torch.are_deterministic_algorithms_enabled()}"
+        + " explained" * ctx.explained
+        + " draft" * ctx.planning,
         site.label,
+        ctx.options.lower == "inductor",
     )
     region = _resolve(editor, site.region)
     program = build(region, recipe, ctx.compile_body)
@@ -95,6 +115,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     editor.replace_many(pairs, removed, f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks")
     if site.mixer:
         ctx.facts.setdefault("mixers", {})[call] = program.label
+    ctx.products[call.name] = products_of(site.region)
     if site.recompute:
         ctx.facts.setdefault("recompute", {})[call] = program.label
     ctx.facts.setdefault("loops", {})[call] = replace(

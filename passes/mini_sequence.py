@@ -18,7 +18,7 @@ from mstc.graph.editor import Editor
 from mstc.graph.labels import region_label
 from mstc.graph.regions import Region, find_regions
 from mstc.passes.base import Context, Pass, refuse
-from mstc.passes.loops import LoopSite, apply_loop, read_by_loop
+from mstc.passes.loops import LoopSite, apply_loop, chunks_of, products_of, read_by_loop
 from mstc.plan.chunks import choose
 from mstc.plan.split import Part, split_recompute
 from mstc.report import Fidelity, Refusal
@@ -27,16 +27,20 @@ from mstc.report import Fidelity, Refusal
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
     axes = Axes(gm.graph)
     regions = find_regions(gm.graph, axes)
+    asked = ctx.options.mini_sequence.chunk_tokens
     for region in regions:
-        chunks = choose(region, ctx.options.mini_sequence.chunk_tokens)
-        if chunks.count == 1:
+        chunks = choose(region, asked)
+        parts = _parts(axes, region, regions, ctx) if chunks.count > 1 or ctx.planning or ctx.counts else []
+        planned = [chunks_of(part.region, asked, ctx) for part in parts]
+        if chunks.count == 1 and (None in planned or not planned):
             yield refuse(
                 "mini_sequence", region.heavy[-1], chunks.reason, "a longer sequence, or a smaller chunk_tokens"
             )
             continue
-        for part in _parts(axes, region, regions, ctx):
+        for part, count in zip(parts, planned, strict=True):
+            again = part.recompute and ctx.again.get(",".join(products_of(part.region)), True)
             kept = tuple(not part.recompute and _kept(n, regions, region, ctx) for n, _ in part.region.outputs)
-            yield LoopSite(part.region, chunks, kept, part.recompute, False, region_label(part.region))
+            yield LoopSite(part.region, count or chunks, kept, again, False, region_label(part.region))
 
 
 def _parts(axes: Axes, region: Region, regions: list[Region], ctx: Context) -> list[Part]:

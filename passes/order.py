@@ -6,6 +6,7 @@ from mstc.passes.base import Pass
 from mstc.passes.draws import DRAWS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.masks import MASKS
+from mstc.passes.memory_budget import MEMORY_BUDGET
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.query_chunks import QUERY_CHUNKS
 from mstc.passes.recompute import RECOMPUTE
@@ -24,6 +25,7 @@ PASSES: tuple[Pass, ...] = (
     SHIFT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
     DRAWS,  # before the loops, which take no random op
+    MEMORY_BUDGET,  # when all but loops is done; chooses for the passes below
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop
     MINI_SEQUENCE,
     RECOMPUTE,  # tags the loops of mini_sequence

@@ -1,7 +1,7 @@
 """Loops whose outputs only mixers read (q, k, v) run again in the backward instead of being kept.
 
 Exact: the same loop runs on the same inputs. Attention itself, which costs most to run again, and
-what its backward needs of it (output, log-sum-exp) are kept.
+what its backward needs of it (output, log-sum-exp) are kept, unless a memory budget says otherwise.
 """
 
 from __future__ import annotations
@@ -13,25 +13,34 @@ import torch.fx as fx
 
 from mstc.graph.editor import Editor
 from mstc.passes.base import Context, Pass
+from mstc.passes.loops import is_loop
 from mstc.report import Fidelity
 
 
 @dataclass(frozen=True)
 class RecomputeSite:
-    """A loop to tag; block: its number, so that the partitioner keeps what enters it."""
+    """A loop or mixer to tag; block: what runs again together, so that the partitioner keeps what enters it."""
 
-    loop: fx.Node
+    node: fx.Node
     label: str
     block: int
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[RecomputeSite]:
-    for block, (loop, label) in enumerate(ctx.facts.get("recompute", {}).items()):
-        yield RecomputeSite(loop, label, block)
+    loops = ctx.facts.get("recompute", {})
+    block = 0
+    for node in gm.graph.nodes:
+        # A block ends with the first loop that is kept: what follows starts from its results.
+        if is_loop(node) and node not in loops:
+            block += 1
+        elif node in loops:
+            yield RecomputeSite(node, loops[node], block)
+        elif ctx.again.get(node.name):
+            yield RecomputeSite(node, "attention", block)
 
 
 def apply(editor: Editor, site: RecomputeSite, ctx: Context) -> None:
-    editor.recompute(site.loop, site.block, f"{site.label}: runs again in the backward")
+    editor.recompute(site.node, site.block, f"{site.label}: runs again in the backward")
 
 
 RECOMPUTE = Pass("recompute", "recompute", Fidelity.EXACT, find, apply)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mstc.errors import OptionError
-from mstc.options import PASSES, LmHead, Masks, MiniSequence, Options, Recompute, parse_options
+from mstc.options import PASSES, Budget, LmHead, Masks, MiniSequence, Options, Recompute, parse_options
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
@@ -42,6 +42,12 @@ def test_defaults(nothing: dict[str, Any] | None) -> None:
         ({"lm_head": {"chunk_tokens": "auto"}}, Options(lm_head=LmHead(True, "auto"), asked=frozenset({"lm_head"}))),
         ({"recompute": {"offload": False}}, Options(recompute=Recompute(), asked=frozenset({"recompute"}))),
         ({"accumulate": "param"}, Options(accumulate="param")),
+        ({"memory_budget": "20GiB"}, Options(memory_budget=Budget(20 << 30))),
+        ({"memory_budget": 1 << 30}, Options(memory_budget=Budget(1 << 30))),
+        (
+            {"memory_budget": {"total": "1.5 GB", "outside": "auto"}},
+            Options(memory_budget=Budget(1_500_000_000, "auto")),
+        ),
         ({"unused_outputs": [1, "logits"]}, Options(unused_outputs=(1, "logits"))),
         ({"lower": "aot_eager", "strict": True, "verify": True}, Options(lower="aot_eager", strict=True, verify=True)),
     ],
@@ -64,9 +70,6 @@ def test_quiet_values_of_what_is_not_built() -> None:
         ("attention", {"kind": "gla", "layers": "LLLN", "window": 64, "sinks": 4, "max_error": 0.1}),
         ("shard_sequence", {"inputs": "sharded", "method": "ring"}),
         ("shard_experts", {"capacity": None}),
-        ("memory_budget", "20GiB"),
-        ("memory_budget", 1 << 30),
-        ("memory_budget", {"total": "1.5 GB", "outside": "auto"}),
         ("recompute", {"offload": True}),
     ],
 )

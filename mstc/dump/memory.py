@@ -20,9 +20,9 @@ import torch.fx as fx
 
 from mstc.dump.model import Memory
 from mstc.graph.costs import nbytes
+from mstc.graph.live import is_view
 from mstc.ops.program import Program, program
 from mstc.passes.loops import is_loop
-from mstc.plan.chunks import is_view
 
 aten = torch.ops.aten
 

@@ -13,6 +13,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.costs import UNKNOWN_LENGTH, hint
+from mstc.graph.live import peak_bytes
 from mstc.graph.regions import Region
 from mstc.graph.sizes import size
 from mstc.graph.text import canonical_text, digest
@@ -42,7 +43,7 @@ class Recipe:
     count: number of chunks; longest: most indices in a chunk where the length is dynamic;
     training: whether gradients are recorded; kept: for each output, whether it
     is kept anyway; loss: gradients are computed in the forward; accumulate: see `Program`;
-    mode: whatever else tells bodies apart (lowering, determinism).
+    mode: whatever else tells bodies apart (lowering, determinism); fused: whether the lowering fuses pointwise ops.
     """
 
     count: int
@@ -53,6 +54,7 @@ class Recipe:
     accumulate: str
     mode: str
     label: str
+    fused: bool = False
 
 
 def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
@@ -75,6 +77,8 @@ class _Bodies:
     forward: Call | None
     backward: Call | None
     traced: BackwardBody | None
+    flops: tuple[float, float] = (0.0, 0.0)
+    live: tuple[int, int] = (0, 0)
 
 
 class _Builder:
@@ -115,12 +119,14 @@ class _Builder:
         for length in self.static_lengths():
             mode, lengths = compat.FakeTensorMode(allow_non_fake_inputs=True), {LENGTH: length}
             made[length] = self._compile(mode, forward_body(self.region, lengths), lengths, ())
-        return self._program(
+        first = next(iter(made.values()))
+        program = self._program(
             key,
-            next(iter(made.values())).traced,
+            first.traced,
             {length: b.forward for length, b in made.items() if b.forward is not None},
             {length: b.backward for length, b in made.items() if b.backward is not None},
         )
+        return replace(program, flops=first.flops, live=first.live)
 
     def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
         """One symbolic body, which takes the lengths as inputs."""
@@ -166,11 +172,12 @@ class _Builder:
                     with_values=recipe.loss,
                     lengths=inputs,
                 )
+            flops, live = _costs(body, fakes, traced, recipe.fused) if not inputs else ((0.0, 0.0), (0, 0))
         forward = None if recipe.loss and traced is not None else self.compiler(body, [*fakes, *inputs])
         if traced is None:
-            return _Bodies(forward, None, None)
+            return _Bodies(forward, None, None, flops, live)
         arguments = [*_inputs(traced, fakes, results, len(self.tokens)), *inputs]
-        return _Bodies(forward, self.compiler(traced.gm, arguments), traced)
+        return _Bodies(forward, self.compiler(traced.gm, arguments), traced, flops, live)
 
     def _program(
         self, key: str, traced: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
@@ -190,8 +197,18 @@ class _Builder:
             forward,
             _backward(traced, backward) if traced is not None else None,
             recipe.accumulate,
-            flops_backward=flops_of(traced.gm) * recipe.count if traced is not None else 0.0,
         )
+
+
+def _costs(
+    body: fx.GraphModule, fakes: Sequence[torch.Tensor], traced: BackwardBody | None, fused: bool
+) -> tuple[tuple[float, float], tuple[int, int]]:
+    """FLOPs of forward and backward body, and the most bytes that each has live."""
+    graphs = [compat.trace_flat(body, fakes), *([traced.gm] if traced is not None else [])]
+    pooled = fused and bool(fakes) and fakes[0].device.type == "cpu"
+    flops = [flops_of(g) for g in graphs]
+    live = [peak_bytes(g, fused, pooled) for g in graphs]
+    return (flops[0], flops[1] if traced else 0.0), (live[0], live[1] if traced else 0)
 
 
 def examples_of(region: Region) -> dict[sympy.Symbol, int]:

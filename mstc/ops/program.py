@@ -44,7 +44,8 @@ class Program:
     length (empty where a loss's gradients come with it); backward: None in inference;
     accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients;
     lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
-    chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call.
+    chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call;
+    flops and live (most bytes at once, inputs left out): of forward and backward body of the longest static chunk.
     """
 
     key: str
@@ -60,8 +61,8 @@ class Program:
     forward: Bodies
     backward: Backward | None
     accumulate: str
-    flops_forward: float = 0.0
-    flops_backward: float = 0.0
+    flops: tuple[float, float] = (0.0, 0.0)
+    live: tuple[int, int] = (0, 0)
     lengths: tuple[sympy.Symbol, ...] = ()
     longest: int = 0
     dynamic: DynamicBodies | None = None

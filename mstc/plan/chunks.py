@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, nbytes, numel
+from mstc.graph.live import is_view
 from mstc.graph.regions import Region
 from mstc.graph.sizes import UnknownSize, evaluate
 from mstc.ops.body import dynamic_lengths
@@ -53,12 +54,6 @@ def hint_n(region: Region) -> int:
 def intermediate_bytes(region: Region) -> int:
     """Bytes of all values that the region makes inside, views left out."""
     return sum(nbytes(n) for n in region.nodes if not is_view(n))
-
-
-def is_view(node: object) -> bool:
-    target = getattr(node, "target", None)
-    schema = getattr(target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 def choose(region: Region, chunk_tokens: int | str) -> Chunks:
@@ -122,6 +117,12 @@ def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
         return Chunks(1, f"its {n} queries fit into one chunk")
     count = _even(n, -(-n // per_chunk))
     return Chunks(count, f"{n // count} queries per chunk")
+
+
+def drafted(region: Region) -> Chunks:
+    """Chunks for a draft, which the plan then changes: few enough to trace, of a usual size."""
+    n = hint_n(region)
+    return Chunks(_even(n, min(max(tokens_of(region) // MOST_TOKENS, 1), n)), "a draft")
 
 
 def _even(n: int, count: int) -> int:

@@ -1,0 +1,163 @@
+"""Bytes that are live while a traced graph runs, above its inputs.
+
+A value's memory begins with the node that makes it and ends with its last reader; views live in the memory of
+what they view. Op by op (``fused`` False) every node makes its value. Fused, a chain of pointwise ops makes only
+what something else needs whole: an operand of a matrix product, a result of the graph, the result of a reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.costs import is_heavy, nbytes
+
+aten = torch.ops.aten
+
+
+def is_view(node: object) -> bool:
+    """Whether the node's result lies in the memory of its first argument."""
+    target = getattr(node, "target", None)
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """The node whose memory this value lies in."""
+    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) -> int:
+    """The most bytes live at once while the graph runs, its inputs left out.
+
+    pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
+    """
+    made = _made_whole(gm.graph) if fused else None
+    ends = _last_reads(gm.graph, made)
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, end in ends.items():
+        dying.setdefault(end, []).append(value)
+    memory = _Pool() if pooled else _Live()
+    for node in gm.graph.nodes:
+        gone = dying.get(node, [])
+        if node.op == "call_function" and root_of(node) is node and (made is None or node in made):
+            # A fused kernel may write over an operand that it is the last to read.
+            over = None
+            if fused and not is_heavy(node):
+                over = next((v for v in gone if nbytes(v) == nbytes(node)), None)
+            if over is not None:
+                memory.rename(over, node)
+                gone = [v for v in gone if v is not over]
+            else:
+                memory.take(node)
+            if node not in ends:
+                memory.drop(node)
+        for value in gone:
+            memory.drop(value)
+    return memory.peak
+
+
+class _Live:
+    """Memory that goes back when it is dropped."""
+
+    def __init__(self) -> None:
+        self._held: dict[fx.Node, int] = {}
+        self._now = self.peak = 0
+
+    def take(self, node: fx.Node) -> None:
+        self._held[node] = nbytes(node)
+        self._now += nbytes(node)
+        self.peak = max(self.peak, self._now)
+
+    def rename(self, old: fx.Node, new: fx.Node) -> None:
+        self._held[new] = self._held.pop(old)
+
+    def drop(self, node: fx.Node) -> None:
+        self._now -= self._held.pop(node)
+
+
+class _Pool(_Live):
+    """Memory that is kept for the next value that it fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._free: list[int] = []
+
+    def take(self, node: fx.Node) -> None:
+        size = nbytes(node)
+        fitting = [s for s in self._free if size <= s <= 2 * size]
+        if fitting:
+            self._held[node] = min(fitting)
+            self._free.remove(min(fitting))
+        else:
+            self._held[node] = size
+            self.peak += size
+
+    def drop(self, node: fx.Node) -> None:
+        self._free.append(self._held.pop(node))
+
+
+def _last_reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, fx.Node]:
+    """For each value made inside, the node that reads it last. What is not made whole reads where it is read."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and (made is not None and node not in made):
+            continue
+        if is_view(node):
+            continue
+        for value in _sources(node, made):
+            if value.op == "call_function":
+                last[value] = node
+    return last
+
+
+def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]:
+    """The memories that a node reads, through views and through what is computed on the way."""
+    found: set[fx.Node] = set()
+    stack = [root_of(i) for i in node.all_input_nodes]
+    seen: set[fx.Node] = set()
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if made is None or value.op != "call_function" or value in made:
+            found.add(value)
+        else:
+            stack.extend(root_of(i) for i in value.all_input_nodes)
+    return found
+
+
+def _made_whole(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes whose values exist in memory when pointwise chains are fused."""
+    made: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op == "output" or (node.op == "call_function" and not _fusible(node) and not is_view(node)):
+            for i in node.all_input_nodes:
+                made[root_of(i)] = None
+        if node.op == "call_function" and not _fusible(node) and not is_view(node):
+            made[node] = None
+    return made
+
+
+def _fusible(node: fx.Node) -> bool:
+    """Pointwise, by torch's own tags; casts and constants too."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or node.target in _CHEAP
+
+
+_CHEAP = (
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.full.default,
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.where.self,
+    aten.arange.start_step,
+    aten.cat.default,
+)

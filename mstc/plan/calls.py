@@ -1,0 +1,266 @@
+"""A graph with loops as a list of calls: what each reads, makes, and keeps for its backward.
+
+A *memory* is what an allocator hands out: views share the memory of what they view. Names of memories are
+names of nodes; one result of several is ``node:index``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.costs import hint, is_heavy, matmul_flops
+from mstc.graph.live import is_view
+from mstc.ops.program import Program, program
+from mstc.plan.work import loop_work
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+_LOOP, _LOSS_LOOP = "mstc.loop.default", "mstc.loss_loop.default"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator of the schedule.
+
+    kind: "loop", "loss", "mixer" or "op"; reads, makes: memories; keeps: memories that its backward reads,
+    its own results among them; grads: memories of inputs that get a gradient, needs: results that bring one;
+    work: temporaries of forward and backward; flops, moved (bytes): of both; again: it runs again in the backward;
+    cheap: neither a product nor a mixer; program: of a loop; rows: of its products; launches: chunks.
+    """
+
+    name: str
+    label: str
+    kind: str
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    keeps: tuple[str, ...] = ()
+    grads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    work: tuple[int, int] = (0, 0)
+    flops: tuple[float, float] = (0.0, 0.0)
+    moved: tuple[float, float] = (0.0, 0.0)
+    again: bool = False
+    cheap: bool = False
+    program: Program | None = None
+    rows: float = 0.0
+    launches: int = 1
+
+    def in_chunks(self, count: int) -> Call:
+        """The same loop in another number of chunks."""
+        if self.program is None:
+            return self
+        cost = loop_work(self.program, self.kind == "loss", count)
+        return replace(self, work=cost.work, flops=cost.flops, moved=cost.moved, rows=cost.rows, launches=count)
+
+
+@dataclass
+class Step:
+    """A whole training or inference step: its calls in order, and the bytes of every memory.
+
+    parameters: inputs that get gradients; inputs: the others; outputs: what the graph returns.
+    """
+
+    calls: list[Call]
+    sizes: dict[str, int]
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    training: bool
+
+
+def read_step(gm: fx.GraphModule, training: bool) -> Step:
+    """The calls of a graph in normal form, loops included."""
+    reader = _Reader(training)
+    calls = [c for n in gm.graph.nodes if n.op == "call_function" for c in reader.call(n)]
+    placeholders = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
+    for n in placeholders:
+        reader.sizes[n.name] = bytes_of(n.meta.get("val"))
+    needing = [n.name for n in placeholders if training and n.meta.get("needs_grad")]
+    others = [n.name for n in placeholders if n.name not in needing]
+    outputs = [reader.memory(n) for n in gm.graph.output_node().all_input_nodes]
+    step = Step(calls, reader.sizes, tuple(needing), tuple(others), tuple(outputs), training)
+    return _without_cheap_keeps(step) if training else step
+
+
+def bytes_of(value: Any) -> int:
+    if not isinstance(value, torch.Tensor):
+        return 0
+    size = value.element_size()
+    for s, stride in zip(value.shape, value.stride(), strict=True):
+        size *= hint(s) if not isinstance(stride, int) or stride else 1  # an expanded dimension takes no memory
+    return size
+
+
+class _Reader:
+    def __init__(self, training: bool) -> None:
+        self._training = training
+        self.sizes: dict[str, int] = {}
+
+    def memory(self, node: fx.Node) -> str:
+        """The memory that a value lies in."""
+        while node.op == "call_function":
+            source = node.args[0] if node.args else None
+            if node.target is operator.getitem and isinstance(source, fx.Node):
+                if not is_view(source):
+                    return f"{source.name}:{node.args[1]}"
+            elif not (is_view(node) and isinstance(source, fx.Node)):
+                return node.name
+            assert isinstance(source, fx.Node)
+            node = source
+        return node.name
+
+    def call(self, node: fx.Node) -> Iterator[Call]:
+        if node.target is operator.getitem or is_view(node):
+            return
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)):
+            makes = {f"{node.name}:{i}": bytes_of(v) for i, v in enumerate(value)}
+        else:
+            makes = {node.name: bytes_of(value)}
+        self.sizes |= makes
+        reads = tuple(dict.fromkeys(self.memory(i) for i in node.all_input_nodes))
+        if str(node.target) in (_LOOP, _LOSS_LOOP):
+            yield self._loop(node, reads, tuple(makes))
+        elif node.target is ATTENTION:
+            yield self._attention(node, reads)
+        elif node.target is aten.cross_entropy_loss.default:
+            yield self._cross_entropy(node, reads, tuple(makes))
+        else:
+            yield self._op(node, reads, tuple(makes))
+
+    def _grads(self, nodes: Any) -> tuple[str, ...]:
+        if not self._training:
+            return ()
+        return tuple(dict.fromkeys(self.memory(i) for i in nodes if i.meta.get("needs_grad")))
+
+    def _loop(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
+        p = program(str(node.args[-1]))
+        tokens, shared = list(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+        loss = str(node.target) == _LOSS_LOOP
+        grads = self._grads([*tokens, *shared])
+        keeps: list[str] = []
+        if loss:
+            keeps = list(makes[len(p.sums) + len(p.outputs) :])
+        elif p.backward is not None:
+            kept = [self.memory(tokens[i]) for i in p.backward.tokens]
+            kept += [self.memory(shared[j]) for j in p.backward.shared]
+            keeps = [*dict.fromkeys(kept), *(makes[i] for i in p.backward.kept)]
+        needs = makes[:1] if loss else self._needed(node, makes, p)
+        again = node.meta.get("recompute") is not None
+        kind = "loss" if loss else "loop"
+        call = Call(node.name, p.label, kind, reads, makes, tuple(keeps), grads, needs, again=again, program=p)
+        return call.in_chunks(p.count)
+
+    def _needed(self, node: fx.Node, makes: tuple[str, ...], p: Program) -> tuple[str, ...]:
+        if p.backward is None:
+            return ()
+        return tuple(makes[i] for i in p.backward.grads if i < len(makes))
+
+    def _attention(self, node: fx.Node, reads: tuple[str, ...]) -> Call:
+        """Kernels that keep q, k, v, the output and one float per query and head (the log-sum-exp)."""
+        out = node.meta["val"]
+        q, k = (n.meta["val"] for n in node.all_input_nodes[:2])
+        queries = hint(out.shape[-2]) * (out.numel() // max(hint(out.shape[-2]) * hint(out.shape[-1]), 1))
+        lse = f"{node.name}:lse"
+        self.sizes[lse] = 4 * int(queries)
+        causal = 0.5 if _is_causal(node) else 1.0
+        flops = 4.0 * queries * hint(k.shape[-2]) * hint(q.shape[-1]) * causal
+        moved = float(sum(self.sizes.get(m, 0) for m in reads) + self.sizes[node.name])
+        grads = self._grads(node.all_input_nodes)
+        return Call(
+            node.name,
+            "attention",
+            "mixer",
+            reads,
+            (node.name, lse) if grads else (node.name,),
+            (*reads, node.name, lse) if grads else (),
+            grads,
+            (node.name,) if grads else (),
+            attention_workspace(q),
+            (flops, 2.5 * flops),
+            (moved, 2 * moved),
+            node.meta.get("recompute") is not None,
+        )
+
+    def _cross_entropy(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
+        """It keeps the logarithm of the softmax, and its backward makes one more value of that size."""
+        call = self._op(node, reads, makes)
+        logits = self.memory(node.all_input_nodes[0])
+        size = bytes_of(node.all_input_nodes[0].meta["val"])
+        log = f"{node.name}:log"
+        self.sizes[log] = size
+        keeps = (*(r for r in reads if r != logits), log) if call.grads else ()
+        return replace(call, makes=(*makes, log), keeps=keeps, work=(0, size), cheap=False)
+
+    def _op(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
+        """Any other op: its backward reads what torch's own derivative saves, or where that is cheap, its inputs."""
+        grads = self._grads(node.all_input_nodes)
+        differentiable = bool(grads) and bool(node.meta.get("needs_grad"))
+        keeps = reads if differentiable and node.target not in _LINEAR else ()
+        flops = matmul_flops(node)
+        moved = float(sum(self.sizes.get(m, 0) for m in (*reads, *makes)))
+        return Call(
+            node.name,
+            str(node.target).removeprefix("aten.").removesuffix(".default"),
+            "op",
+            reads,
+            makes,
+            keeps,
+            grads if differentiable else (),
+            makes if differentiable else (),
+            (0, 0),
+            (flops, 2 * flops),
+            (moved, 2 * moved),
+            node.meta.get("recompute") is not None,
+            not is_heavy(node) and node.target is not aten.embedding.default,
+        )
+
+
+# Linear in every operand that gets a gradient: nothing is kept.
+_LINEAR = (
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.neg.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.pad.default,
+)
+
+
+def attention_workspace(q: torch.Tensor) -> tuple[int, int]:
+    """Buffers of the CPU's flash kernels, per thread (ATen/native/cpu/FlashAttentionKernel.cpp); on a GPU none."""
+    if q.device.type != "cpu":
+        return 0, 0
+    rows = hint(q.shape[-2])
+    block = 256 if rows >= 768 else 64 if rows >= 192 else 32
+    wide = 4 * torch.get_num_threads()
+    return wide * block * (512 + 2 + hint(q.shape[-1])), wide * 2 * block * 512
+
+
+def _is_causal(node: fx.Node) -> bool:
+    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal"))
+
+
+def _without_cheap_keeps(step: Step) -> Step:
+    """Values that a cheap op makes from others that stay anyway are made again rather than kept."""
+    stay = {m for c in step.calls for m in c.keeps} | {*step.parameters, *step.inputs}
+    again: set[str] = set()
+    for c in reversed(step.calls):
+        kept = [m for m in c.makes if m in stay]
+        if c.cheap and not c.again and kept and all(r in stay for r in c.reads):
+            stay -= set(c.makes)
+            again.add(c.name)
+    step.calls = [replace(c, again=True) if c.name in again else c for c in step.calls]
+    return step

@@ -1,0 +1,65 @@
+"""The same step at another length: sizes follow the tokens, so nothing is captured or traced again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mstc.ops.body import Value
+from mstc.ops.program import Program
+from mstc.plan.calls import Call, Step
+
+
+def at_length(step: Step, old: int, new: int) -> Step:
+    """The step with ``new`` tokens per sequence instead of ``old``; parameters stay, everything else follows."""
+    if old == new:
+        return step
+    fixed = set(step.parameters) | {m for c in step.calls for m in _untokened(c)}
+    sizes = {m: size if m in fixed else size * new // old for m, size in step.sizes.items()}
+    programs: dict[str, Program] = {}
+    calls = [_call(c, old, new, programs) for c in step.calls]
+    return replace(step, calls=calls, sizes=sizes)
+
+
+def _untokened(call: Call) -> tuple[str, ...]:
+    """Results of a loop that have no tokens: sums, and gradients of what all tokens share."""
+    p = call.program
+    if p is None:
+        return ()
+    if call.kind == "loop":
+        return call.makes[len(p.outputs) :]
+    tokened = len(p.sums) + len(p.outputs) + sum(p.token_needs)
+    return (*call.makes[: len(p.sums)], *call.makes[tokened:])
+
+
+def _call(call: Call, old: int, new: int, programs: dict[str, Program]) -> Call:
+    ratio = new / old
+    if call.program is not None:
+        p = call.program
+        if p.key not in programs:
+            programs[p.key] = _program(p, old, new)
+        return replace(call, program=programs[p.key]).in_chunks(programs[p.key].count)
+    powers = ratio * ratio if call.kind == "mixer" else ratio
+    flops = (call.flops[0] * powers, call.flops[1] * powers)
+    return replace(call, flops=flops, moved=(call.moved[0] * ratio, call.moved[1] * ratio))
+
+
+def _program(p: Program, old: int, new: int) -> Program:
+    """A program over another number of tokens, in chunks of about the same length."""
+    n = p.n * new // old
+    traced = max(length for _, length in p.chunks)
+    count = max(round(n / traced), 1)
+    longest = -(-n // count)
+    return replace(
+        p,
+        key=f"{p.key} {n}",
+        n=n,
+        count=count,
+        tokens=tuple(_value(v, n) for v in p.tokens),
+        outputs=tuple(_value(v, n) for v in p.outputs),
+        flops=(p.flops[0] * longest / traced, p.flops[1] * longest / traced),
+        live=(p.live[0] * longest // traced, p.live[1] * longest // traced),
+    )
+
+
+def _value(v: Value, n: int) -> Value:
+    return v if v.cut is None else replace(v, shape=v.cut.shape(v.shape, n))

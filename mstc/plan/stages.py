@@ -1,0 +1,201 @@
+"""A step cut into stages, and what each stage could cost: the table that the solver chooses from.
+
+A stage ends with a loop whose results are kept in any case (a layer: norm + q/k/v, attention, and the rest up to the
+residual stream). With everything before it reduced to the bytes that it keeps,
+
+    peak = max over stages i of  resident + sum_{j<i} saved_j + forward_i
+                                 resident + sum_{j<i} saved_j + sum_{j>i} gradients_j + backward_i,
+
+so stages that are alike are measured once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mstc.plan.calls import Call, Step
+from mstc.plan.devices import Device
+from mstc.plan.memory import simulate
+
+FEWEST_TOKENS = 128  # a chunk below this many rows leaves every machine idle
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a stage runs: chunks of each of its loops, and which calls run again in the backward."""
+
+    counts: tuple[int, ...]
+    again: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice with its costs: bytes kept for the backward, bytes held in its forward and backward, seconds."""
+
+    choice: Choice
+    saved: int
+    forward: int
+    backward: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Calls that are chosen for together; gradients: bytes of those of its parameters."""
+
+    calls: tuple[Call, ...]
+    gradients: int
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What the solver may use; fewer are tried to tell what each brings. pruned: leave out what never pays."""
+
+    chunks: bool = True
+    recompute: bool = True
+    attention: bool = True
+    pruned: bool = True
+
+
+ALL_LEVERS = Levers()
+
+
+def stages_of(step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVERS) -> list[Stage]:
+    """The stages of a step with the options of each."""
+    known: dict[Any, Stage] = {}
+    found = []
+    for calls in _cut(step):
+        key = tuple(_shape(c, step) for c in calls)
+        if key not in known:
+            known[key] = _stage(step, calls, device, dtype, levers)
+        found.append(replace(known[key], calls=tuple(calls)))
+    return found
+
+
+def can_run_again(call: Call) -> bool:
+    """Loops that lead only to mixers, and mixers."""
+    return call.kind == "mixer" or (call.kind == "loop" and call.again)
+
+
+def apply_choice(calls: Sequence[Call], choice: Choice) -> list[Call]:
+    """The calls as chosen."""
+    counts, again = iter(choice.counts), iter(choice.again)
+    chosen = []
+    for call in calls:
+        if call.program is not None:
+            call = call.in_chunks(next(counts))
+        if can_run_again(call):
+            call = replace(call, again=next(again))
+        chosen.append(call)
+    return chosen
+
+
+def seconds(calls: Sequence[Call], device: Device, dtype: str, training: bool) -> float:
+    """Forward, backward, and what runs again."""
+    total = 0.0
+    for c in calls:
+        times = 2 if c.again and training else 1
+        mixer = c.kind == "mixer"
+        total += times * device.seconds(c.flops[0], c.moved[0], c.rows, c.launches, dtype, mixer)
+        if training and c.grads:
+            total += device.seconds(c.flops[1], c.moved[1], c.rows, c.launches, dtype, mixer)
+    return total
+
+
+def _cut(step: Step) -> Iterator[list[Call]]:
+    stage: list[Call] = []
+    for call in step.calls:
+        stage.append(call)
+        if call.kind in ("loop", "loss") and not call.again:
+            yield stage
+            stage = []
+    if stage:
+        yield stage
+
+
+def _shape(call: Call, step: Step) -> tuple[object, ...]:
+    """What two calls that cost the same share."""
+    program = call.program.key if call.program is not None else call.label
+    return (program, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.flops)
+
+
+def _stage(step: Step, calls: list[Call], device: Device, dtype: str, levers: Levers) -> Stage:
+    gradients = sum(step.sizes[m] for m in {m for c in calls for m in c.grads} if m in step.parameters)
+    options = [_option(step, calls, choice, device, dtype) for choice in _choices(calls, step.training, levers)]
+    return Stage(tuple(calls), gradients, tuple(_undominated(options) if levers.pruned else options))
+
+
+def _choices(calls: Sequence[Call], training: bool, levers: Levers) -> Iterator[Choice]:
+    loops = [c for c in calls if c.program is not None]
+    sizes = [_counts(c, levers) for c in loops]
+    again = [
+        (False, True) if training and (levers.attention if c.kind == "mixer" else levers.recompute) else (False,)
+        for c in calls
+        if can_run_again(c)
+    ]
+    deepest = max((len(s) for s in sizes), default=1)
+    for level in range(deepest):
+        counts = tuple(s[min(level, len(s) - 1)] for s in sizes)
+        for flags in itertools.product(*again):
+            yield Choice(counts, flags)
+
+
+def _counts(call: Call, levers: Levers) -> list[int]:
+    """Numbers of chunks from one on, each about twice the one before, dividing the length where one near does."""
+    p = call.program
+    assert p is not None
+    rows = max(int(call.rows * p.count / max(p.n, 1)), 1)
+    counts = [1]
+    while levers.chunks and p.n * rows // (2 * counts[-1]) >= FEWEST_TOKENS and 2 * counts[-1] <= p.n:
+        wanted = 2 * counts[-1]
+        counts.append(next((c for c in range(wanted, min(wanted + wanted // 2, p.n) + 1) if p.n % c == 0), wanted))
+    return counts
+
+
+def _option(step: Step, calls: list[Call], choice: Choice, device: Device, dtype: str) -> Option:
+    """One choice, measured by running the stage by itself."""
+    chosen = apply_choice(calls, choice)
+    inner = {m for c in calls for m in c.makes}
+    later = _read_outside(step, calls) & inner
+    outer = {m for c in calls for m in (*c.reads, *c.grads)} - inner
+    alone = Step(chosen, step.sizes, tuple(outer), (), tuple(later), step.training)
+    timeline = simulate(alone, part=True)
+    base = sum(step.sizes[m] for m in outer)
+    kept_later = {m for m in _kept(step) if m in inner}
+    saved = timeline.kept | kept_later
+    return Option(
+        choice,
+        sum(step.sizes[m] for m in saved),
+        max(p.total for p in timeline.points if not p.backward) - base,
+        max((p.total for p in timeline.points if p.backward), default=base) - base,
+        seconds(chosen, device, dtype, step.training),
+    )
+
+
+def _kept(step: Step) -> set[str]:
+    """Results that the backward of some call reads, whatever is chosen."""
+    if not hasattr(step, "_kept_anyway"):
+        always = {m for c in step.calls for m in c.keeps} | {m for c in step.calls if c.again for m in c.reads}
+        made = {m for c in step.calls if not can_run_again(c) for m in c.makes}
+        step._kept_anyway = always & made  # type: ignore[attr-defined]
+    return step._kept_anyway  # type: ignore[attr-defined, no-any-return]
+
+
+def _read_outside(step: Step, calls: list[Call]) -> set[str]:
+    names = {c.name for c in calls}
+    return {m for c in step.calls if c.name not in names for m in c.reads} | set(step.outputs)
+
+
+def _undominated(options: list[Option]) -> list[Option]:
+    """Options that no other beats in every respect."""
+
+    def beats(a: Option, b: Option) -> bool:
+        x = (a.saved, a.forward, a.backward, a.seconds)
+        y = (b.saved, b.forward, b.backward, b.seconds)
+        return x != y and all(i <= j for i, j in zip(x, y, strict=True))
+
+    return [o for o in options if not any(beats(other, o) for other in options)]

@@ -1,0 +1,198 @@
+"""One choice of chunks, of what is kept and of what runs again, under a memory budget. Exact: it edits nothing itself.
+
+On a copy of the graph every region becomes a loop (its bodies traced, not compiled); the calls of that copy are the
+schedule that will run, and `mstc.plan.solve` picks the fastest options whose peak stays under the budget. The passes
+that follow (`lm_head`, `mini_sequence`, `recompute`) read the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc.errors import PlanError
+from mstc.graph.editor import Editor
+from mstc.options import Budget
+from mstc.passes.base import Context, Pass, refuse
+from mstc.passes.lm_head import LM_HEAD
+from mstc.passes.mini_sequence import MINI_SEQUENCE
+from mstc.passes.recompute import RECOMPUTE
+from mstc.plan.calls import Call, Step, read_step
+from mstc.plan.devices import Device, local
+from mstc.plan.memory import simulate
+from mstc.plan.solve import Solution, least_peak, solve
+from mstc.plan.stages import Levers, Stage, apply_choice, can_run_again, stages_of
+from mstc.report import Fidelity, Refusal
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class BudgetSite:
+    """The plan: chunks per loop (by the names of its products), calls that run again, and what is expected of it."""
+
+    counts: dict[tuple[str, ...], int]
+    again: dict[str, bool]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A graph as it would run: its calls, and for each loop call the names of the products in its region."""
+
+    step: Step
+    products: dict[str, tuple[str, ...]]
+    dtype: str
+    device: Device
+
+
+def find(gm: fx.GraphModule, ctx: Context) -> Iterator[BudgetSite | Refusal]:
+    budget = ctx.options.memory_budget
+    if budget is None or ctx.planning:
+        return
+    symbol = next(
+        (n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)), None
+    )
+    if symbol is not None:
+        reason = "the length is dynamic (a symbol), and plans for dynamic lengths are not built yet"
+        yield refuse("memory_budget", symbol, reason, "compile with dynamic=False")
+        return
+    draft = draft_of(gm, ctx)
+    stages = stages_of(draft.step, draft.device, draft.dtype, levers_of(ctx))
+    yield _site(draft, stages, within(draft, stages, budget, levers_of(ctx)), budget)
+
+
+def apply(editor: Editor, site: BudgetSite, ctx: Context) -> None:
+    ctx.counts.update(site.counts)
+    ctx.again.update(site.again)
+    ctx.plan.extend(site.lines)
+
+
+def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> Draft:
+    """The graph with every region as a loop, drafted on a copy."""
+    copied, twins = _copy(gm)
+    trial = Context(ctx.options, ctx.training, compile_body=_nothing, planning=True)
+    trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
+    editor = Editor(copied)
+    for one in (LM_HEAD, MINI_SEQUENCE, RECOMPUTE):
+        sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if _runs(one, ctx) else []
+        for site in sites:
+            one.apply(editor, site, trial)
+        if sites:
+            editor.finish()
+    values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
+    weights = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    widest = max(weights, key=lambda v: v.numel(), default=torch.empty(0))
+    dtype = str(widest.dtype).removeprefix("torch.")
+    step = read_step(copied, ctx.training)
+    # Loops of earlier passes (attention by chunks of queries) are as they are.
+    step.calls = [c if c.name in trial.products or c.program is None else _settled(c) for c in step.calls]
+    return Draft(step, trial.products, dtype, device or local(widest.device.type))
+
+
+def _settled(call: Call) -> Call:
+    return replace(call, program=None, kind="op")
+
+
+def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) -> Solution:
+    """The fastest plan under the budget; `PlanError` where there is none says what would do."""
+    resident = resident_of(draft.step)
+    found = solve(stages, resident, budget.total - outside_of(budget, draft))
+    if found is not None:
+        return found
+    least = least_peak(stages, resident).peak + outside_of(budget, draft)
+    brings = []
+    for lever, words in (
+        ("chunks", "chunks"),
+        ("recompute", "recomputing q/k/v"),
+        ("attention", "recomputing attention"),
+    ):
+        without = replace(levers, **{lever: False})
+        more = least_peak(stages_of(draft.step, draft.device, draft.dtype, without), resident).peak - least
+        more += outside_of(budget, draft)
+        if more > 0:
+            brings.append(f"{words} brings {more / MIB:.0f} MiB of that")
+    raise PlanError(
+        f"option 'memory_budget' is {budget.total / MIB:.0f} MiB, but the smallest plan needs {least / MIB:.0f} MiB "
+        f"(parameters and inputs {resident / MIB:.0f} MiB{'; ' if brings else ''}{', '.join(brings)}); "
+        f"give at least {-(-least // MIB)} MiB, or a shorter sequence"
+    )
+
+
+def levers_of(ctx: Context) -> Levers:
+    """What the options leave to the plan."""
+    o = ctx.options
+    free = not isinstance(o.mini_sequence.chunk_tokens, int) and not isinstance(o.lm_head.chunk_tokens, int)
+    return Levers(chunks=free, recompute=o.recompute.enabled, attention=o.recompute.enabled)
+
+
+def resident_of(step: Step) -> int:
+    return sum(step.sizes[m] for m in (*step.parameters, *step.inputs))
+
+
+def outside_of(budget: Budget, draft: Draft) -> int:
+    """Bytes that others hold: as given, or what the device's allocator counts beyond this graph's inputs."""
+    if budget.outside != "auto":
+        return budget.outside
+    if not torch.cuda.is_available():
+        return 0
+    return max(torch.cuda.memory_allocated() - resident_of(draft.step), 0)
+
+
+def chosen_step(draft: Draft, stages: list[Stage], solution: Solution) -> Step:
+    """The calls as the solution runs them."""
+    calls = [c for s, o in zip(stages, solution.options, strict=True) for c in apply_choice(s.calls, o.choice)]
+    return replace(draft.step, calls=calls)
+
+
+def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget) -> BudgetSite:
+    step = chosen_step(draft, stages, solution)
+    counts = {draft.products[c.name]: c.launches for c in step.calls if c.name in draft.products}
+    again = {}
+    for before, after in zip(draft.step.calls, step.calls, strict=True):
+        if can_run_again(before):
+            key = ",".join(draft.products[before.name]) if before.name in draft.products else before.name
+            again[key] = after.again
+    peak = simulate(step).peak
+    parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB)
+    lines = (
+        f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {peak.total / MIB:.0f} MiB ({parts}), "
+        f"predicted step {solution.seconds:.3f} s on {draft.device.label}",
+        *_choices_in_words(step),
+    )
+    return BudgetSite(counts, again, lines)
+
+
+def _choices_in_words(step: Step) -> list[str]:
+    counted: dict[str, int] = {}
+    for c in step.calls:
+        if c.kind != "op":
+            words = f"{c.label}: {c.launches} chunks" if c.program is not None else c.label
+            words += ", runs again in the backward" if c.again else ""
+            counted[words] = counted.get(words, 0) + 1
+    return [f"{n} x {words}" for words, n in counted.items()]
+
+
+def _runs(one: Pass, ctx: Context) -> bool:
+    return ctx.options.enabled(one.option)
+
+
+def _nothing(gm: fx.GraphModule, inputs: Any) -> Any:
+    """The body of a draft is never run."""
+    return None
+
+
+def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of the graph, and the copy of each node."""
+    copied = fx.GraphModule(gm, fx.Graph())
+    twins: dict[fx.Node, fx.Node] = {}
+    node = copied.graph.output(copied.graph.graph_copy(gm.graph, twins))
+    node.meta = dict(gm.graph.output_node().meta)
+    return copied, twins
+
+
+MEMORY_BUDGET = Pass("memory_budget", "memory_budget", Fidelity.EXACT, find, apply)

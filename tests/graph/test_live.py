@@ -1,0 +1,60 @@
+"""Live bytes of small graphs, op by op and fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mstc import compat
+from mstc.graph.live import peak_bytes
+
+_ROW = 4 * 64  # bytes of one float32 row of 64
+
+
+def _peak(function: Callable[..., Any], *shapes: tuple[int, int], fused: bool = False, pooled: bool = False) -> int:
+    mode = compat.FakeTensorMode()
+    with mode:
+        fakes = [torch.empty(s) for s in shapes]
+    return peak_bytes(compat.trace_flat(function, fakes), fused, pooled)
+
+
+def test_a_chain_holds_two_values() -> None:
+    assert _peak(lambda x: [x.sin().cos().exp()], (8, 64)) == 2 * 8 * _ROW
+
+
+def test_a_fused_chain_holds_its_result() -> None:
+    assert _peak(lambda x: [x.sin().cos().exp()], (8, 64), fused=True) == 8 * _ROW
+
+
+def test_views_take_no_memory() -> None:
+    assert _peak(lambda x: [x.sin().view(64, 8).t()], (8, 64)) == 8 * _ROW
+
+
+def test_a_value_lives_until_its_last_reader() -> None:
+    def branches(x: Tensor) -> list[Tensor]:
+        a = x.sin()
+        return [(a.cos().exp() + a)]
+
+    assert _peak(branches, (8, 64)) == 3 * 8 * _ROW
+
+
+def test_operands_of_a_product_exist_even_where_fused() -> None:
+    assert _peak(lambda x, w: [x.sin() @ w], (8, 64), (64, 64), fused=True) == 2 * 8 * _ROW
+
+
+def test_a_fused_kernel_writes_over_what_it_reads_last() -> None:
+    assert _peak(lambda x, w: [(x @ w).exp()], (8, 64), (64, 64), fused=True) == 8 * _ROW
+
+
+def test_a_pool_hands_out_what_fits_and_keeps_the_rest() -> None:
+    def narrow(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
+        return [((x @ w) @ v) @ w]
+
+    # 64, 16 and again 64 wide: the third takes the memory of the first; the second is too small to be of use.
+    assert _peak(narrow, (8, 16), (16, 64), (64, 16)) == 8 * _ROW + 2 * _ROW
+    assert _peak(narrow, (8, 16), (16, 64), (64, 16), pooled=True) == 8 * _ROW + 2 * _ROW
+    assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64)) == 8 * _ROW + 4
+    assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64), pooled=True) == (2 + 8) * _ROW + 4

@@ -23,6 +23,7 @@ from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._inductor import metrics as inductor_metrics
 from torch._logging._internal import trace_log, trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -44,6 +45,7 @@ __all__ = [
     "allocating_by",
     "capture",
     "compile_name",
+    "count_auto_chunkings",
     "draws_as_eager",
     "fake_inputs",
     "fake_mode_of",
@@ -343,6 +345,13 @@ def draws_as_eager() -> bool:
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings behind a ``mode`` of ``torch.compile``; an unknown one raises ``RuntimeError``."""
     return dict(list_mode_options(mode))
+
+
+def count_auto_chunkings() -> int:
+    """How many graphs Inductor's auto_chunker has rewritten since the last call; it says so nowhere else."""
+    count = int(getattr(inductor_metrics, "num_auto_chunking", 0))
+    inductor_metrics.num_auto_chunking = 0
+    return count
 
 
 def name_constants(gm: fx.GraphModule) -> None:

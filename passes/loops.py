@@ -6,7 +6,7 @@ other shapes may sum in another order, and gradients of shared inputs are summed
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import Recipe, build
 from mstc.ops.program import Program
 from mstc.passes.base import Context
+from mstc.passes.seeds import find_seeds, write_seeds
 from mstc.plan.chunks import Chunks, choose, drafted
 
 
@@ -75,12 +76,14 @@ def read_by_loop(node: fx.Node, regions: list[Region], own: Region, mixers: Cont
 
 
 def ends_in_loss(region: Region, training: bool) -> bool:
-    """Whether the gradients can be computed along with the value: one differentiable scalar, nothing else."""
-    if not training:
+    """Whether the gradients can be computed along with the values: differentiable sums that meet in one scalar."""
+    if not training or any(n.meta.get("needs_grad") for n, _ in region.outputs):
         return False
-    sums = [s for s in region.sums if s.meta.get("needs_grad")]
-    outputs = [n for n, _ in region.outputs if n.meta.get("needs_grad")]
-    return len(sums) == 1 == len(region.sums) and sums[0].meta["val"].dim() == 0 and not outputs
+    return find_seeds(_differentiable(region.sums), region.nodes) is not None
+
+
+def _differentiable(sums: Sequence[fx.Node]) -> list[fx.Node]:
+    return [s for s in sums if s.meta.get("needs_grad")]
 
 
 def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
@@ -104,15 +107,16 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     tokens, shared = [n for n, _ in region.tokens], list(region.shared)
     lengths = [editor.length(symbol, like=like) for symbol in program.lengths]
     if site.loss:
-        seed = _seed(editor, region.sums[0])
-        call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seed, lengths, program.key), like=like)
+        seeds = _seeds(editor, region)
+        call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seeds, lengths, program.key), like=like)
         results = [*region.sums, *(n for n, _ in region.outputs)]
     else:
         call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, lengths, program.key), like=like)
         results = [*(n for n, _ in region.outputs), *region.sums]
     pairs = [(old, _result(editor, call, i, old)) for i, old in enumerate(results)]
     removed = [n.name for n in (*region.nodes, *region.sums)]
-    editor.replace_many(pairs, removed, f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks")
+    what = f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks"
+    editor.replace_many(pairs, removed, what + (", gradients in the forward" if site.loss else ""))
     if site.mixer:
         ctx.facts.setdefault("mixers", {})[call] = program.label
     ctx.products[call.name] = products_of(site.region)
@@ -152,28 +156,14 @@ def _resolve(editor: Editor, region: Region) -> Region:
     return replace(region, tokens=tokens, shared=tuple(editor.resolve(n) for n in region.shared))
 
 
-def _seed(editor: Editor, total: fx.Node) -> fx.Node:
-    """The gradient of the graph's loss with respect to ``total``, as far as scalar factors tell it.
+def _seeds(editor: Editor, region: Region) -> list[fx.Node]:
+    """A seed for each sum of a loss; one without a gradient gets a zero that nothing reads."""
+    found = find_seeds(_differentiable(region.sums), region.nodes)
+    assert found is not None, "a loss whose sums no longer meet"
+    seeds = dict(zip(found.sums, write_seeds(editor, found), strict=True))
+    return [seeds[s] if s in seeds else _zero(editor, s) for s in region.sums]
 
-    The loop computes gradients for it, and the backward multiplies them by incoming / seed, which
-    is exactly 1 for ``loss.backward()``: nothing is rounded twice.
-    """
-    aten = torch.ops.aten
-    value = total.meta["val"]
-    dtype = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
-    seed = editor.call(aten.full.default, ([], 1.0), {"dtype": dtype, "device": value.device}, like=total)
-    node = total
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in (aten.div.Tensor, aten.mul.Tensor) and user.args[0] is node:
-            factor = user.args[1]
-        elif user.target is aten._to_copy.default:
-            node = user
-            continue
-        else:
-            break
-        if isinstance(factor, fx.Node) and (factor.meta.get("needs_grad") or factor.meta["val"].dim() != 0):
-            break
-        seed = editor.call(user.target, (seed, factor), like=user)
-        node = user
-    return seed
+
+def _zero(editor: Editor, like: fx.Node) -> fx.Node:
+    options = {"dtype": torch.float32, "device": like.meta["val"].device}
+    return editor.call(torch.ops.aten.full.default, ([], 0.0), options, like=like)

@@ -1,6 +1,7 @@
 """Outputs that the caller never reads become an expanded nan: no memory, and loud if read after all.
 
-Approximate in that one respect, and only for the outputs named; everything else is unchanged.
+Approximate in that one respect, and only for the outputs named; everything else is unchanged. One in half precision
+becomes float32: whoever casts all outputs to float32, as Accelerate does, would otherwise write the whole of it.
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ def _names(outputs: list[object]) -> str:
 
 def apply(editor: Editor, site: UnusedSite, ctx: Context) -> None:
     value = site.node.meta["val"]
-    nan = editor.call(
-        aten.full.default, ([], float("nan")), {"dtype": value.dtype, "device": value.device}, like=site.node
-    )
+    dtype = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
+    nan = editor.call(aten.full.default, ([], float("nan")), {"dtype": dtype, "device": value.device}, like=site.node)
     nothing = editor.call(aten.expand.default, (nan, list(value.shape)), like=site.node)
     outputs = list(editor.gm.graph.output_node().args[0])  # type: ignore[arg-type]
     outputs[site.position] = nothing

@@ -2,9 +2,9 @@
 
     mstc::loop(tokens, shared, lengths, key) -> [outputs..., sums...]
         runs the body chunk by chunk; its backward runs one joint body per chunk, in reverse.
-    mstc::loss_loop(tokens, shared, seed, lengths, key) -> [sums..., outputs..., gradients...]
-        a region that ends in one differentiable sum: the gradients for an incoming gradient
-        ``seed`` are computed along with the sum and scaled by ``incoming / seed`` in the backward.
+    mstc::loss_loop(tokens, shared, seeds, lengths, key) -> [sums..., outputs..., gradients...]
+        a region whose differentiable sums all meet in one scalar: the gradients for the incoming gradients
+        ``seeds``, one per sum, are computed along with the sums and scaled by ``incoming / seeds`` in the backward.
 
 Both are pure functions of their inputs; what they run is fetched from the registry by ``key``. ``lengths`` are the
 values of the dynamic lengths that the program's sizes are made of: none where the graph is static.
@@ -36,7 +36,7 @@ torch.library.define(
     "(Tensor?[] grads, Tensor[] tokens, Tensor[] shared, Tensor[] kept, SymInt[] lengths, str key) -> Tensor[]",
 )
 torch.library.define(
-    "mstc::loss_loop", "(Tensor[] tokens, Tensor[] shared, Tensor seed, SymInt[] lengths, str key) -> Tensor[]"
+    "mstc::loss_loop", "(Tensor[] tokens, Tensor[] shared, Tensor[] seeds, SymInt[] lengths, str key) -> Tensor[]"
 )
 
 
@@ -224,7 +224,7 @@ torch.library.register_autograd("mstc::loop", _loop_vjp, setup_context=_loop_set
 
 
 @torch.library.impl("mstc::loss_loop", "CompositeExplicitAutograd")
-def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, lengths: Lengths, key: str) -> list[torch.Tensor]:
+def _loss_loop(tokens: Tensors, shared: Tensors, seeds: Tensors, lengths: Lengths, key: str) -> list[torch.Tensor]:
     p = program(key).at(lengths)
     b = _backward_of(p)
     with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
@@ -234,7 +234,7 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, lengths: Le
         outputs = [_allocate(v) for v in p.outputs]
         token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
         sums, gradients = _Sums(p.sums), Accumulators(p, b)
-        incoming = [seed.to(v.dtype).expand(v.shape) for v in p.sums] if b.grads else []
+        incoming = [_seed_of(p, i, seeds) for i in b.grads]
         for start, length in p.chunks:
             pieces = [_read(t, v, p.n, start, length) for t, v in zip(token_inputs, token_values, strict=True)]
             results = b.run[length](*pieces, *whole, *incoming)
@@ -257,9 +257,13 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seed: torch.Tensor, lengths: Le
         ]
 
 
-def _loss_loop_fake(
-    tokens: Tensors, shared: Tensors, seed: torch.Tensor, lengths: Lengths, key: str
-) -> list[torch.Tensor]:
+def _seed_of(p: Program, result: int, seeds: Tensors) -> torch.Tensor:
+    at = result - len(p.outputs)
+    value = p.sums[at]
+    return dense(seeds[at].to(value.dtype).expand(value.shape), value.order)
+
+
+def _loss_loop_fake(tokens: Tensors, shared: Tensors, seeds: Tensors, lengths: Lengths, key: str) -> list[torch.Tensor]:
     p = program(key)
     return [*(_fake(p, v, lengths) for v in (*p.sums, *p.outputs)), *_fake_gradients(p, lengths)]
 
@@ -268,27 +272,38 @@ torch.library.register_fake("mstc::loss_loop", _loss_loop_fake)
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, seed, _, key = inputs
+    _, _, seeds, _, key = inputs
     p = program(key)
     ctx.key = key
     ctx.set_materialize_grads(False)
     first = len(p.sums) + len(p.outputs)
-    ctx.save_for_backward(seed, *output[first:])
+    ctx.save_for_backward(*seeds, *output[first:])
 
 
 def _loss_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
     p = program(ctx.key)
-    seed, *unit = ctx.saved_tensors
-    incoming = grads[0]
-    if any(g is not None for g in grads[1:]):
+    seeds, unit = ctx.saved_tensors[: len(p.sums)], ctx.saved_tensors[len(p.sums) :]
+    if any(g is not None for g in grads[len(p.sums) :]):
         raise LoopError(f"the loop {p.label} gives gradients of its loss only")
-    if incoming is None:
-        return [None] * len(p.tokens), [None] * len(p.shared), None, _no_gradients(p.lengths), None
-    ratio = incoming / seed.to(incoming.dtype)
+    pairs = [(g, s) for g, s in zip(grads, seeds, strict=False) if g is not None]
+    if not pairs:
+        return [None] * len(p.tokens), [None] * len(p.shared), [None] * len(p.sums), _no_gradients(p.lengths), None
+    ratio = _ratio(pairs)
     scaled = iter([u * ratio.to(u.dtype) for u in unit])
     token_grads = [next(scaled) if need else None for need in p.token_needs]
     shared_grads = [next(scaled) if need else None for need in p.shared_needs]
-    return token_grads, shared_grads, None, _no_gradients(p.lengths), None
+    return token_grads, shared_grads, [None] * len(p.sums), _no_gradients(p.lengths), None
+
+
+def _ratio(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The r with incoming = r * seed for all pairs: exactly 1 where they are equal, 0 where the seeds are all zero."""
+    seeds = torch.cat([s.expand(g.shape).reshape(-1) for g, s in pairs])
+    incoming = torch.cat([g.to(seeds.dtype).reshape(-1) for g, _ in pairs])
+    largest = seeds.abs().max()
+    seeds = seeds / torch.where(largest == 0, 1, largest)
+    square = (seeds * seeds).sum()
+    ratio = (incoming * seeds).sum() / torch.where(square == 0, 1, square)
+    return ratio / torch.where(largest == 0, 1, largest)
 
 
 torch.library.register_autograd("mstc::loss_loop", _loss_vjp, setup_context=_loss_setup)

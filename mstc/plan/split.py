@@ -115,7 +115,8 @@ def head_of(region: Region, ends: Sequence[fx.Node]) -> set[fx.Node]:
     within = ancestors(ends, set(region.nodes))
     heavy = {n for n in within if is_heavy(n)}
     last = {n for n in heavy if not (descendants([n], within) - {n}) & heavy}
-    before = heavy - last - set(ends)
+    # What leads to earlier products stays with them: the rest may not read what the head makes.
+    before = ancestors(heavy - last, within) - set(ends)
     # The last products belong to the head even where their own results are the narrowest values.
     return narrowest(within, before, [*ends, *last], set(), nbytes) if before else within
 

@@ -1,4 +1,4 @@
-"""Buffers whose values a pass relied on: checked before each call, with the unrewritten graph behind."""
+"""Inputs whose values a pass relied on: checked before each call, with the unrewritten graph behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.predicates.constants import Bands, Ramp
+from mstc.graph.predicates.marks import mark, marked
 
 
 class Assumption(Protocol):
@@ -27,6 +29,28 @@ def offered_buffers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, 
         and not isinstance(value, compat.FakeTensor)
         and not value.requires_grad
     }
+
+
+def marked_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Ramp | Bands]:
+    """Inputs that another compiled graph made and marked."""
+    real = {
+        node: marked(value)
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        if isinstance(value, torch.Tensor) and not isinstance(value, compat.FakeTensor)
+    }
+    return {node: found for node, found in real.items() if found is not None}
+
+
+def marking(compiled: Callable[..., Any], marks: Mapping[int, Ramp | Bands]) -> Callable[..., Any]:
+    """``compiled``, its outputs at these positions marked with what they hold."""
+
+    def run(*inputs: Any) -> Any:
+        outputs = compiled(*inputs)
+        for position, values in marks.items():
+            mark(outputs[position], values)
+        return outputs
+
+    return run
 
 
 def guarded(

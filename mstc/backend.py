@@ -9,7 +9,7 @@ from typing import Any
 import torch.fx as fx
 
 from mstc import compat, compat_autocast
-from mstc.assume import guarded, offered_buffers
+from mstc.assume import guarded, marked_inputs, marking, offered_buffers
 from mstc.dump.environment import versions
 from mstc.dump.observer import Observer, observe
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
@@ -77,6 +77,7 @@ def _rewritten(
     stages: list[tuple[str, fx.GraphModule]] | None = [] if options.verify else None
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
+    ctx.facts["marked"] = dict(marked_inputs(form.gm, inputs))
     with compat_autocast.off_at_run_time():
         run(form.gm, ctx, report, stages, observer.watch(form.training))
         observer.rewritten(form.gm)
@@ -86,6 +87,10 @@ def _rewritten(
         dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
         compiled = verifying(compiled, stages, dropped)
     compiled = compat_autocast.running_without(compiled)
+    outputs = list(form.gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    marks = {i: ctx.facts["output_marks"][n] for i, n in enumerate(outputs) if n in ctx.facts.get("output_marks", {})}
+    if marks:
+        compiled = marking(compiled, marks)
     assumed = ctx.facts.get("assumed", {})
     if assumed:
         positions = {n: i for i, n in enumerate(form.gm.graph.find_nodes(op="placeholder"))}

@@ -18,6 +18,9 @@ that. So each buffer that a rewrite rests on is written to ``ctx.facts["assumed"
 offering tensors the pipeline takes it on to check `Assumed.holds` before each call (the same tensor, at the
 same version) and to run the graph as it was written where it does not. A buffer that this graph itself changes is
 never read. Changes that bypass torch's version counter (``buffer.data``) are not seen, as in autograd.
+
+**Masks from another graph.** An input that another compiled graph made comes with what that graph proved of it
+(`mstc.passes.mask_outputs`); the pipeline offers it in ``ctx.facts["marked"]``, and it is assumed in the same way.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from mstc.graph.editor import Editor
 from mstc.graph.predicates.call import Call, Unread, call_of, shape_of, size
 from mstc.graph.predicates.constants import Bands, Ramp, describe
 from mstc.graph.predicates.facts import MaskFact
+from mstc.graph.predicates.marks import marked
 from mstc.graph.predicates.reader import Reader
 from mstc.graph.predicates.verdict import Unproven, fact_of
 from mstc.passes.base import Context, Pass, refuse
@@ -66,6 +70,17 @@ class Assumed:
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor``, about to be passed for the same input, is that buffer, unchanged."""
         return self.tensor() is tensor and tensor._version == self.version
+
+
+@dataclass(frozen=True)
+class AssumedMark:
+    """An input that another graph made and marked: any tensor with the same mark will do."""
+
+    values: Ramp | Bands
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor``, about to be passed for the same input, carries that mark."""
+        return marked(tensor) == self.values
 
 
 @dataclass(frozen=True)
@@ -204,7 +219,7 @@ def buffers_read(reader: Reader) -> tuple[fx.Node, ...]:
 def known_values(gm: fx.GraphModule, ctx: Context) -> Known:
     """What constants and offered buffers hold, each described once."""
     offered = ctx.facts.get("inputs", {})
-    described: dict[fx.Node, Ramp | Bands | None] = {}
+    described: dict[fx.Node, Ramp | Bands | None] = dict(ctx.facts.get("marked", {}))
 
     def known(node: fx.Node) -> Ramp | Bands | None:
         if node.op not in ("placeholder", "get_attr"):
@@ -247,9 +262,13 @@ def apply(editor: Editor, site: MaskSite, ctx: Context) -> None:
 
 def assume(buffers: Iterable[fx.Node], ctx: Context) -> None:
     """Have the pipeline check before each call that these buffers are what they were when they were read."""
-    offered = ctx.facts.get("inputs", {})
+    offered, marks = ctx.facts.get("inputs", {}), ctx.facts.get("marked", {})
     for buffer in buffers:
-        assumed = Assumed(weakref.ref(offered[buffer]), offered[buffer]._version)
+        assumed: Assumed | AssumedMark
+        if buffer in marks:
+            assumed = AssumedMark(marks[buffer])
+        else:
+            assumed = Assumed(weakref.ref(offered[buffer]), offered[buffer]._version)
         ctx.facts.setdefault("assumed", {})[buffer] = assumed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mstc.passes.base import Pass
 from mstc.passes.draws import DRAWS
 from mstc.passes.lm_head import LM_HEAD
+from mstc.passes.mask_outputs import MASK_OUTPUTS
 from mstc.passes.masks import MASKS
 from mstc.passes.memory_budget import MEMORY_BUDGET
 from mstc.passes.mini_sequence import MINI_SEQUENCE
@@ -19,6 +20,7 @@ from mstc.passes.written_attention import WRITTEN_ATTENTION
 PASSES: tuple[Pass, ...] = (
     UNUSED_OUTPUTS,  # first, so that nothing is kept for an output that nobody reads
     MASKS,
+    MASK_OUTPUTS,
     WRITTEN_ATTENTION,
     TRIANGLES,  # after those, which read triangles as such; before query_chunks, which cuts masks with the queries
     QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads

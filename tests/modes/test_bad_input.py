@@ -97,8 +97,8 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("token", [1, 2])
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("token", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("bad", ["nan", *(pytest.param(b, marks=pytest.mark.slow) for b in BAD if b != "nan")])
 @pytest.mark.parametrize("name", HEADS)
 def test_bad_numbers_in_a_head(name: str, bad: str, token: int) -> None:
     """At a token whose label is ignored, and at one whose label counts."""

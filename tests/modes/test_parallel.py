@@ -20,6 +20,7 @@ from testkit.workers import run_workers
 
 WORLD = 2
 MICRO_BATCHES = 2
+SLOW = pytest.mark.slow
 
 
 @dataclass
@@ -111,7 +112,7 @@ def train_ddp(rank: int, lower: str, compiled: str, optimize: bool) -> Seen:
     return seen({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, loss)
 
 
-@pytest.mark.parametrize("compiled", ["step", "outside", "inside"])
+@pytest.mark.parametrize("compiled", ["outside", *(pytest.param(c, marks=SLOW) for c in ("step", "inside"))])
 def test_ddp(compiled: str) -> None:
     """The step compiled, the wrapped model, or the model inside the wrapper; accumulated over two micro-batches."""
     results = run_workers(train_ddp, WORLD, "aot_eager", compiled, True)
@@ -121,6 +122,7 @@ def test_ddp(compiled: str) -> None:
         check_refusals(got)
 
 
+@SLOW
 def test_ddp_without_splitting() -> None:
     results = run_workers(train_ddp, WORLD, "aot_eager", "outside", False)
     check(results)
@@ -160,8 +162,8 @@ def train_fsdp(rank: int, lower: str, compiled: str, accumulate: str) -> Seen:
     return seen(whole, loss)
 
 
-@pytest.mark.parametrize("accumulate", ["sync", "no_sync"])
-@pytest.mark.parametrize("compiled", ["step", "model", "layers"])
+@pytest.mark.parametrize("accumulate", ["no_sync", pytest.param("sync", marks=SLOW)])
+@pytest.mark.parametrize("compiled", ["step", *(pytest.param(c, marks=SLOW) for c in ("model", "layers"))])
 def test_fsdp(compiled: str, accumulate: str) -> None:
     results = run_workers(train_fsdp, WORLD, "aot_eager", compiled, accumulate)
     check(results, torch.float32)

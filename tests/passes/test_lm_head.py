@@ -6,7 +6,7 @@ Where others fail on one of them, `docs/coverage.md` says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -32,6 +32,18 @@ RECOMPUTING = {
 # One row per sequence: there are no tokens, and four rows are not worth a loop.
 WITHOUT_TOKENS = {"contrastive", "pooled_classes"}
 IN_FLOAT32 = {"upcast"}
+# These divide by a count of labels of their own, which is 0 where none counts: no numbers, in eager as well.
+DIVIDING = {"per_sequence", "written_out", "clipped_ratio", "z_loss"}
+COUNTING = ["mean", "sum", "class_weights", "smoothing", "weights_smoothing", "two_heads", "distill_beside", "none"]
+
+
+# One of each kind: a loss loop of one sum, of several, a loop of two losses, of tokens, of a nonlinear loss.
+KINDS = ["mean", "z_loss", "per_sequence", "two_heads", "two_scalars", "none", "dpo", "with_logits"]
+
+
+def first_of(names: Iterable[str], few: Iterable[str]) -> list[Any]:
+    """All names, those beside ``few`` only in the long run."""
+    return [n if n in few else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 class Case:
@@ -87,26 +99,22 @@ def test_exact_and_in_loops(name: str) -> None:
     assert (not left) == (name not in WITHOUT_TOKENS), left
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", first_of(PROGRAMS, KINDS))
 def test_fewer_tokens_than_chunks(name: str) -> None:
     """Three tokens in up to four chunks, one of them with no counted label."""
     case = Case(name, batch=2, length=3, trunk=False, chunk=1)
     case.check(1e-6 if name in IN_FLOAT32 else 1e-9)
 
 
-# One of each kind: a loss loop of one sum, of several, a loop of two losses, of tokens, of a nonlinear loss.
-KINDS = ["mean", "z_loss", "per_sequence", "two_heads", "two_scalars", "none", "dpo", "with_logits"]
-
-
-@pytest.mark.parametrize("incoming", [0.5, 0.0])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("incoming", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", first_of(KINDS, KINDS[:4]))
 def test_incoming_gradient(name: str, incoming: float) -> None:
     case = Case(name)
     got, expected = (case.gradients(fn, lambda loss: incoming * loss) for fn in (case.compiled, case.run))
     check_gradients(got, expected, least=1e-9)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", first_of(KINDS, ["mean", "z_loss", "two_scalars", "none"]))
 def test_two_micro_batches(name: str) -> None:
     case = Case(name)
     other = dataclasses.replace(case.inputs, labels=case.inputs.labels.roll(5, 1))
@@ -122,7 +130,7 @@ def test_two_micro_batches(name: str) -> None:
     check_gradients(got, both(case.run))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", first_of(KINDS, ["z_loss", "none"]))
 def test_retained_graph(name: str) -> None:
     case = Case(name)
     total = scalar_of(case.compiled(case.inputs))
@@ -133,7 +141,7 @@ def test_retained_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("hidden", "trunk"), ("weight", "second", "trunk")])
-@pytest.mark.parametrize("name", ["mean", "z_loss", "two_heads", "none"])
+@pytest.mark.parametrize("name", first_of(["z_loss", "none", "mean", "two_heads"], ["z_loss", "none"]))
 def test_frozen(name: str, frozen: Sequence[str]) -> None:
     case = Case(name)
     if "trunk" in frozen:
@@ -144,8 +152,8 @@ def test_frozen(name: str, frozen: Sequence[str]) -> None:
     check_gradients(case.gradients(case.compiled), case.gradients(case.run))
 
 
-@pytest.mark.parametrize("first", [12, 23])
-@pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in {"per_sequence", "written_out", "clipped_ratio"}])
+@pytest.mark.parametrize("first", [12, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", first_of([n for n in PROGRAMS if n not in DIVIDING], COUNTING))
 def test_ignored_labels(name: str, first: int) -> None:
     """The first chunks hold no counted label, or none does: then as eager, nan for a mean over nothing."""
     case = Case(name, batch=2, trunk=False)
@@ -158,13 +166,13 @@ def test_ignored_labels(name: str, first: int) -> None:
     check_gradients(case.gradients(case.compiled), case.gradients(case.run), bound, least=1e-9)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", first_of(KINDS, ["z_loss", "per_sequence", "dpo"]))
 def test_aot_lowering(name: str) -> None:
     Case(name, lower="aot_eager").check()
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["z_loss", "per_sequence"])
+@pytest.mark.parametrize("name", first_of(["z_loss", "per_sequence"], ["z_loss"]))
 def test_inductor_lowering(name: str) -> None:
     Case(name, lower="inductor").check()
 

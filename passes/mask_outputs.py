@@ -34,7 +34,7 @@ class MaskOutput:
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[MaskOutput]:
     proven: dict[fx.Node, MaskFact | None] = {}
-    for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type, var-annotated]
+    for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
         if not isinstance(node, fx.Node) or not _is_mask(node):
             continue
         if node not in proven:

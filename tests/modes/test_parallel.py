@@ -80,7 +80,7 @@ def check(results: list[Seen], dtype: torch.dtype = torch.float64) -> None:
 
 
 def check_refusals(got: Seen) -> None:
-    """The one thing that splitting costs: a later graph gets the mask as an input, about which it can prove nothing."""
+    """What DDP's splitting costs: its parts are compiled before the mask exists, and can prove nothing of it."""
     assert all(r.startswith("masks: the mask is not proven") for r in got.refusals), got.refusals
 
 
@@ -169,7 +169,8 @@ def test_fsdp(compiled: str, accumulate: str) -> None:
     check(results, torch.float32)
     for got in results:
         assert got.loops >= 2
-        check_refusals(got)
+        if compiled != "layers":  # the head and the masks lie outside of the layers
+            assert got.heads >= 1 and got.masks >= 1 and not got.refusals
 
 
 # ------------------------------------------------------------------ bad input

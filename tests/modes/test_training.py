@@ -101,9 +101,7 @@ def test_gradient_checkpointing_of_a_model(kind: str) -> None:
 
 
 def test_adapters_with_checkpointing() -> None:
-    model = causal("llama", torch.float32)
-    model.enable_input_require_grads()  # type: ignore[operator]
-    check_checkpointed(with_adapters(model).float())
+    check_checkpointed(with_adapters(causal("llama", torch.float32)).float())
 
 
 def test_a_checkpoint_around_the_head() -> None:

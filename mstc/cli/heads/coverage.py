@@ -24,7 +24,7 @@ from mstc.cli.heads.systems import SYSTEMS
 
 __all__ = ["coverage", "table"]
 
-COMPARED = ("mstc", "auto_chunker", "linear_ce", "liger", "cce")
+COMPARED = ("mstc-aot", "auto_chunker", "linear_ce", "liger", "cce")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 Records = dict[str, dict[str, dict[str, str]]]
 

@@ -39,8 +39,8 @@ def _eager(name: str, chunk: int) -> Run:
     return PROGRAMS[name].run
 
 
-def _mstc(name: str, chunk: int) -> Run:
-    options: dict[str, Any] = {"lm_head": {"chunk_tokens": chunk}}
+def _mstc(name: str, chunk: int, lower: str = "inductor") -> Run:
+    options: dict[str, Any] = {"lm_head": {"chunk_tokens": chunk}, "lower": lower}
     return torch.compile(PROGRAMS[name].run, backend="mstc", options=options)
 
 
@@ -162,6 +162,7 @@ def _nothing(name: str, chunk: int) -> None:
 SYSTEMS: dict[str, System] = {
     "eager": System("eager", _eager),
     "mstc": System("mstc", _mstc),
+    "mstc-aot": System("mstc", lambda name, chunk: _mstc(name, chunk, "aot_eager")),  # compiles in a moment
     "inductor": System("Inductor", _inductor),
     "auto_chunker": System("Inductor auto_chunker", _auto_chunker),
     "linear_ce": System("F.linear_cross_entropy", _linear_ce),

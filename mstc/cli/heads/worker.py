@@ -63,7 +63,7 @@ def _same_gradient(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _how(system: str) -> str:
-    if system == "mstc":
+    if system.startswith("mstc"):
         return mstc_treatment()
     if system == "auto_chunker":
         return "in chunks" if count_auto_chunkings() else "not chunked"

@@ -80,7 +80,7 @@ def check(results: list[Seen], dtype: torch.dtype = torch.float64) -> None:
 
 
 def check_refusals(got: Seen) -> None:
-    """What DDP's splitting costs: its parts are compiled before the mask exists, and can prove nothing of it."""
+    """What splitting costs: a part that gets the mask from another may not know what it is, and says so."""
     assert all(r.startswith("masks: the mask is not proven") for r in got.refusals), got.refusals
 
 
@@ -169,8 +169,9 @@ def test_fsdp(compiled: str, accumulate: str) -> None:
     check(results, torch.float32)
     for got in results:
         assert got.loops >= 2
-        if compiled != "layers":  # the head and the masks lie outside of the layers
-            assert got.heads >= 1 and got.masks >= 1 and not got.refusals
+        if compiled != "layers":  # the head lies outside of the layers
+            assert got.heads >= 1
+            check_refusals(got)
 
 
 # ------------------------------------------------------------------ bad input

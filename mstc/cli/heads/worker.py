@@ -30,7 +30,7 @@ def outcome(system: str, name: str) -> dict[str, str]:
     run = SYSTEMS[system].form(name, CHUNK)
     if run is None:
         return {"outcome": "no form", "how": SYSTEMS[system].told.get(name, "")}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     mstc.clear_reports()
     count_auto_chunkings()
     expected_values, expected = _run(PROGRAMS[name].run, inputs)

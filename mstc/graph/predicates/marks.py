@@ -1,6 +1,6 @@
 """What is known of tensors that pass from one compiled graph to another.
 
-Where a model arrives as several graphs (a graph break, FSDP2's hooks), one graph makes a mask and others read it. The
+Where a model arrives as several graphs (behind a graph break), one graph makes a mask and others read it. The
 graph that makes it proves what it is and marks the tensor; a graph that gets the tensor may rest on the
 mark, which is looked up before each call. A mark belongs to one tensor object at one version: it goes with the
 tensor, and holds no longer once the tensor is written to.

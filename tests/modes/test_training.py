@@ -100,10 +100,6 @@ def test_gradient_checkpointing_of_a_model(kind: str) -> None:
     check_checkpointed(causal(kind, torch.float32))
 
 
-def test_adapters_with_checkpointing() -> None:
-    check_checkpointed(with_adapters(causal("llama", torch.float32)).float())
-
-
 def test_a_checkpoint_around_the_head() -> None:
     model = Tiny()
 

@@ -102,7 +102,7 @@ def _linear(user: fx.Node, source: fx.Node, later: set[fx.Node]) -> bool:
     if [a for a in (*user.args, *user.kwargs.values()) if a is source] != [source]:
         return False
     if user.target in _RESHAPE or user.target in _REDUCE:
-        return True
+        return all(isinstance(n, int) for n in source.meta["val"].shape)  # the seed has that shape, written as numbers
     same_shape: bool = user.meta["val"].shape == source.meta["val"].shape
     if user.target is aten.neg.default:
         return True

@@ -74,7 +74,7 @@ def test_bad_numbers_in_a_trunk(bad: str, lower: str) -> None:
 
 
 def test_bad_numbers_that_do_not_reach_the_loss() -> None:
-    """Only tokens before the bad one are read. In the head's product eager multiplies the bad one by a gradient of zero,
+    """Only tokens before the bad one are read. In the product of the head eager multiplies the bad one by zero,
     which is nan; here the head runs on the tokens that are read and stays clean. Nothing is bad that eager has not.
     """
     model, (x, labels) = Tiny(), inputs(2, 23)

@@ -14,6 +14,7 @@ from mstc.graph.describe import describe
 from mstc.graph.editor import Editor
 from mstc.options import Options
 from mstc.passes.base import Context, Pass
+from mstc.passes.memory_budget import MEMORY_BUDGET
 from mstc.passes.order import PASSES
 from mstc.report import Edit, Fidelity, Refusal, Report
 
@@ -65,6 +66,14 @@ def run(
     report.plan = list(ctx.plan)
     report.regions = describe(gm, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
     hold_to_word(ctx.options, report)
+
+
+def prepare(gm: fx.GraphModule, ctx: Context, report: Report) -> None:
+    """Apply the passes that come before the choice of loops, in place."""
+    editor = Editor(gm)
+    for step in PASSES[: PASSES.index(MEMORY_BUDGET)]:
+        if not step.option or ctx.options.enabled(step.option):
+            _run_one(step, editor, ctx, report)
 
 
 def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:

@@ -16,8 +16,10 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "bench": ("mstc.cli.bench.command", "Compare step time, peak memory and compile time."),
+    "calibrate": ("mstc.cli.calibrate", "Measure this machine for the cost model."),
     "demo": ("mstc.cli.demo.command", "Train a small Llama on long text, side by side."),
     "dump": ("mstc.cli.dump", "Show what is rewritten and why, as a page, text or JSON."),
+    "plan": ("mstc.cli.plan.command", "Tell what a step will need and take on a device."),
     "doctor": ("mstc.cli.doctor", "Check the installation."),
 }
 

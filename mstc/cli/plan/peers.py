@@ -1,0 +1,139 @@
+"""Other ways to run the same step, as published, in eager PyTorch on meta tensors.
+
+plain: the model as it is. checkpointing: every layer runs again in its backward. mini-sequence: checkpointing, MLPs in
+8 pieces (whose intermediates autograd keeps until the layer's backward is done) and the head in 16, gradients in the
+forward. Head and loss are those of Hugging Face transformers at the time: logits in float32, a shifted copy of them,
+and the logits held by the model's output through the backward. Attention is FlashAttention-2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mstc.cli.plan.models import build
+from mstc.cli.plan.optimizers import Optimizer
+from mstc.cli.plan.tracker import Tracker, flash
+from mstc.plan.devices import Device
+
+MLP_PIECES = 8  # the defaults of the published implementation
+HEAD_PIECES = 16
+SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": "Mini-Sequence (published)"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Peak bytes by category, and seconds of a step."""
+
+    held: dict[str, int]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return sum(self.held.values())
+
+
+class Peer:
+    """One system on one configuration; `usage` runs a step of a given length."""
+
+    def __init__(self, system: str, config: Any, dtype: torch.dtype, optimizer: Optimizer, device: Device) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("mstc_tracked", flash)
+        self._model = build(config, config.num_hidden_layers, dtype, "mstc_tracked")
+        self._optimizer, self._device, self._dtype = optimizer, device, str(dtype).removeprefix("torch.")
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._loss: Callable[[Tensor], Any] = self._plain_loss
+        if system != "plain":
+            self._model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+        if system == "mini-sequence":
+            for module in list(self._model.modules()):
+                if hasattr(module, "mlp"):
+                    module.mlp = _Pieces(module.mlp)
+            self._loss = self._pieces_loss
+
+    def usage(self, batch: int, seq: int) -> Usage:
+        parameters = sum(p.numel() * p.element_size() for p in self._parameters)
+        state = self._optimizer.state_bytes(self._parameters)
+        tracker = Tracker(self._device, self._dtype)
+        for t in (*self._model.parameters(), *self._model.buffers()):
+            tracker.know(t)
+        hooks = []
+        if self._optimizer.in_backward:
+            hooks = [p.register_post_accumulate_grad_hook(_apply) for p in self._parameters]
+        ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
+        with tracker:
+            out = self._loss(ids)
+            torch.autograd.backward(out[0])
+            del out
+            peak = tracker.peak
+            if not self._optimizer.in_backward:
+                peak = max(peak, tracker.live + self._optimizer.step_bytes(self._parameters))
+        for hook in hooks:
+            hook.remove()
+        self._model.zero_grad(set_to_none=True)
+        held = {"parameters": parameters, "optimizer": state, "gradients and activations": peak}
+        moved = 3.0 * (parameters + state)
+        return Usage(held, tracker.seconds + self._device.seconds(0, moved, 0, 1, self._dtype))
+
+    def _plain_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self._model.model(input_ids=ids).last_hidden_state
+        logits = self._model.lm_head(hidden).float()
+        del hidden
+        shifted = logits[..., :-1, :].contiguous()
+        return F.cross_entropy(shifted.flatten(0, 1), ids[:, 1:].flatten()), logits
+
+    def _pieces_loss(self, ids: Tensor) -> tuple[Tensor, None]:
+        hidden = self._model.model(input_ids=ids).last_hidden_state[:, :-1]
+        length = math.ceil(hidden.shape[1] / HEAD_PIECES)
+        pieces = torch.split(hidden, length, 1)
+        losses = [_HeadPiece.apply(h, self._model.lm_head.weight) for h in pieces]  # type: ignore[no-untyped-call]
+        total: Tensor = sum(losses) / ids.numel()
+        return total, None
+
+
+def _apply(p: Tensor) -> None:
+    """Adam on one parameter: two temporaries of its size, then the gradient goes."""
+    first, second = torch.empty_like(p), torch.empty_like(p)
+    del first, second
+    p.grad = None
+
+
+class _Pieces(nn.Module):
+    """An MLP piece by piece, its outputs put together."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.mlp(piece) for piece in torch.split(x, math.ceil(x.shape[1] / MLP_PIECES), 1)], 1)
+
+
+class _HeadPiece(torch.autograd.Function):
+    """Head and loss of one piece: logits and their gradient in float32, the weight's gradient made at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden.contiguous().flatten(0, 1)
+        logits = F.linear(rows, weight).float()
+        loss = F.cross_entropy(
+            logits, torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device), reduction="sum"
+        )
+        gradient = F.softmax(logits, dim=-1).to(rows.dtype)
+        made = gradient.t() @ rows
+        weight.grad = made if weight.grad is None else weight.grad.add_(made)
+        ctx.save_for_backward(gradient @ weight)
+        ctx.shape = hidden.shape
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grads[0]).view(ctx.shape), None

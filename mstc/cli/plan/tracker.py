@@ -1,0 +1,115 @@
+"""An eager step on meta tensors, as the allocator of a device would see it: bytes live, FLOPs, bytes moved.
+
+Meta tensors have sizes and lifetimes but no data, so this is the real schedule of eager PyTorch, autograd and
+checkpointing included, with nothing computed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from mstc import compat
+from mstc.plan.devices import Device
+
+_active: list[Tracker] = []
+
+
+class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is made while it is entered; what was made before is the caller's to count."""
+
+    def __init__(self, device: Device, dtype: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.dtype = device, dtype
+        self.live = self.peak = 0
+        self.seconds = 0.0
+        self._known: dict[int, int] = {}
+
+    def __enter__(self) -> Any:
+        _active.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        _active.remove(self)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = sum(self._see(t) for t in compat.tree_leaves(out) if isinstance(t, torch.Tensor))
+        if made or any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
+            read = sum(_nbytes(t) for t in compat.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+            count = flop_registry.get(func.overloadpacket)
+            flops = float(count(*args, **(kwargs or {}), out_val=out)) if count is not None else 0.0
+            self.spend(flops, float(read + max(made, 0)))
+        return out
+
+    def spend(self, flops: float, moved: float, mixer: bool = False) -> None:
+        self.seconds += self.device.seconds(flops, moved, 0.0, 1, self.dtype, mixer)
+
+    def _see(self, tensor: torch.Tensor) -> int:
+        """The bytes that this tensor adds to what is live."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return 0
+        size = self._known[key] = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key)
+        return size
+
+    def know(self, tensor: torch.Tensor) -> None:
+        """Leave a tensor out of the count: the caller counts it."""
+        self._known[tensor.untyped_storage()._cdata] = 0
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class Flash(torch.autograd.Function):
+    """The memory of FlashAttention-2: the forward makes the output and the log-sum-exp; the backward a float32
+    accumulator of dq, the row sums, and where heads share keys and values, dk and dv for every head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, out, lse)
+        _attend(q, k, 1.0)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, _, lse = ctx.saved_tensors
+        accumulator = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        sums = torch.empty_like(lse)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        if k.shape[1] != q.shape[1]:
+            expanded = [torch.empty((*q.shape[:1], q.shape[1], *k.shape[2:]), dtype=k.dtype, device=k.device)] * 2
+            del expanded
+        _attend(q, k, 2.5)
+        del accumulator, sums
+        return dq, dk, dv
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, times: float) -> None:
+    """Causal: half of the S x S products, forward 2 of them, backward 5."""
+    flops = times * 4.0 * q.numel() * k.shape[2] / 2
+    for tracker in _active:
+        tracker.spend(flops, times * 2.0 * (_nbytes(q) + _nbytes(k)), mixer=True)
+
+
+def flash(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **settings: Any) -> Any:
+    """`Flash` as Hugging Face models call their attention."""
+    out: torch.Tensor = Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None

@@ -175,12 +175,18 @@ def test_hostile_names_stay_text(opened: Any) -> None:
     assert page.locator("img").count() == 0
 
 
-def test_a_large_page_is_small_and_opens_fast(opened: Any, llama_dump: Dump, tmp_path: Any) -> None:
+def test_a_large_page_is_small(opened: Any, llama_dump: Dump, tmp_path: Any) -> None:
+    opened(llama_dump)
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+@pytest.mark.slow
+def test_a_large_page_opens_fast(opened: Any, llama_dump: Dump) -> None:
+    """A timed test belongs on an idle machine."""
     times = []
     for _ in range(3):
         page = opened(llama_dump)
         times.append(page.evaluate("performance.timing.loadEventEnd - performance.timing.navigationStart"))
-    assert (tmp_path / "report.html").stat().st_size < 3_000_000
     assert min(times) < 2000, times
 
 

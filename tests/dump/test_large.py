@@ -1,4 +1,4 @@
-"""Llama-3-8B at 131072 tokens is explained on a laptop: memory, size of the page and (slow: alone on a machine) time."""
+"""Llama-3-8B at 131072 tokens is explained on a laptop: memory, size of the page and, on an idle machine, time."""
 
 from __future__ import annotations
 

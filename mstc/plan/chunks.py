@@ -59,7 +59,7 @@ def intermediate_bytes(region: Region) -> int:
 def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     """Chunks for a region: as asked, or where ``"auto"`` by its working set.
 
-    Below ``2 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
+    Below ``4 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
     nothing that matters: the region stays whole.
     """
     if not isinstance(region.n, int) or dynamic_lengths(region):

@@ -12,25 +12,7 @@ from torch import Tensor, nn
 
 from testkit.exactness import chunked, gradient_errors, gradients_of, loops_of, lowered_graphs, products_outside
 from testkit.float64 import true_float64
-from testkit.hf_models import causal, from_auto, tokens
-
-_SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 96,
-}
-_T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 96,
-    "decoder_start_token_id": 0,
-    "use_cache": False,
-}
+from testkit.hf_models import SMALL, T5, causal, from_auto, tokens
 
 
 @dataclass(frozen=True)
@@ -58,10 +40,10 @@ def _images() -> dict[str, Tensor]:
 
 CASES = {
     "gpt2": Case(lambda: causal("gpt2", dropout=0.1), _text, 5),
-    "bert": Case(lambda: from_auto("AutoModelForMaskedLM", "bert", dropout=0.1, **_SMALL), _text, 4),
-    "t5": Case(lambda: from_auto("AutoModelForSeq2SeqLM", "t5", dropout=0.1, **_T5), _two_texts, 9),
+    "bert": Case(lambda: from_auto("AutoModelForMaskedLM", "bert", dropout=0.1, **SMALL), _text, 4),
+    "t5": Case(lambda: from_auto("AutoModelForSeq2SeqLM", "t5", dropout=0.1, **T5), _two_texts, 9),
     "vit": Case(
-        lambda: from_auto("AutoModelForImageClassification", "vit", dropout=0.1, image_size=32, patch_size=4, **_SMALL),
+        lambda: from_auto("AutoModelForImageClassification", "vit", dropout=0.1, image_size=32, patch_size=4, **SMALL),
         _images,
         3,
         outside=1,  # one row per image: the head has no tokens

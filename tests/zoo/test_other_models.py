@@ -12,26 +12,9 @@ from torch import Tensor, nn
 
 from testkit.exactness import chunked, compare, products_outside
 from testkit.float64 import true_float64
-from testkit.hf_models import from_auto, tokens
+from testkit.hf_models import SMALL, T5, from_auto, tokens
 from testkit.homegrown import Encoder, GatedScan, MlpMixer, MlpStack, NanoGPT, PatchTransformer
 
-_SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 96,
-}
-_T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 96,
-    "decoder_start_token_id": 0,
-    "use_cache": False,
-}
 _BART = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -88,18 +71,18 @@ CASES: dict[str, Case] = {
     "nanogpt, fused attention": Case(lambda: NanoGPT(True), _text, 4),
     "nanogpt, written-out attention": Case(lambda: NanoGPT(False), _text, 4),
     "nanogpt, checkpointed blocks": Case(lambda: NanoGPT(True, checkpointed=True), _text, 4),
-    "bert": Case(lambda: from_auto(_MASKED, "bert", **_SMALL), _text, 4, (), _LANGUAGE),
-    "roberta": Case(lambda: from_auto(_MASKED, "roberta", **_SMALL), _text, 4, (), _LANGUAGE),
+    "bert": Case(lambda: from_auto(_MASKED, "bert", **SMALL), _text, 4, (), _LANGUAGE),
+    "roberta": Case(lambda: from_auto(_MASKED, "roberta", **SMALL), _text, 4, (), _LANGUAGE),
     # One row per image: the head has no tokens.
     "vit": Case(
-        lambda: from_auto("AutoModelForImageClassification", "vit", image_size=32, patch_size=4, **_SMALL),
+        lambda: from_auto("AutoModelForImageClassification", "vit", image_size=32, patch_size=4, **SMALL),
         lambda: (_floats(2, 3, 32, 32), _classes(2, 2)),
         3,
         ((2, 2),),
         _IMAGES,
     ),
     "home-grown vit": Case(PatchTransformer, lambda: (_floats(2, 3, 32, 32), _classes(10, 2)), 3, ((2, 10),)),
-    "t5": Case(lambda: from_auto("AutoModelForSeq2SeqLM", "t5", **_T5), _two_texts, 9, (), _LANGUAGE),
+    "t5": Case(lambda: from_auto("AutoModelForSeq2SeqLM", "t5", **T5), _two_texts, 9, (), _LANGUAGE),
     "bart": Case(lambda: from_auto("AutoModelForSeq2SeqLM", "bart", **_BART), _two_texts, 9, (), _LANGUAGE),
     "mlp stack on rows": Case(MlpStack, lambda: (_floats(70, 32), _floats(70, 32)), 1),
     "mlp stack on sequences": Case(MlpStack, lambda: (_floats(2, 50, 32), _floats(2, 50, 32)), 1),

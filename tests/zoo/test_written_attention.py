@@ -11,27 +11,10 @@ from torch import Tensor, nn
 
 from testkit.exactness import Comparison, chunked, compare
 from testkit.float64 import true_float64
-from testkit.hf_models import causal, from_auto, tokens
+from testkit.hf_models import SMALL, T5, causal, from_auto, tokens
 
-_ENCODER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 96,
-    "attn_implementation": "eager",
-}
-_T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 96,
-    "decoder_start_token_id": 0,
-    "use_cache": False,
-    "attn_implementation": "eager",
-}
+_ENCODER = {**SMALL, "attn_implementation": "eager"}
+_T5 = {**T5, "attn_implementation": "eager"}
 OPTIONS = chunked(query_chunks={"chunk_tokens": 16})
 
 

@@ -70,6 +70,26 @@ _DROPOUTS = (
 )
 
 
+# Settings of tiny encoders, and of T5, for `from_auto`.
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 96,
+    "decoder_start_token_id": 0,
+    "use_cache": False,
+}
+
+
 def config_of(kind: str, dropout: float = 0.0, **settings: Any) -> Any:
     """A configuration with all dropouts at ``dropout``."""
     from transformers import CONFIG_MAPPING

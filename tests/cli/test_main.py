@@ -21,7 +21,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"mstc, version {__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["demo", "dump", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "dump", "bench", "doctor", "plan", "calibrate"])
 def test_help(command: str) -> None:
     assert command in run("--help").stdout
     result = run(command, "--help")
@@ -42,8 +42,9 @@ def test_help_loads_no_torch() -> None:
     ("args", "says"),
     [
         ([], "Missing command"),
-        (["plan"], "No such command 'plan'"),
-        (["calibrate"], "No such command 'calibrate'"),
+        (["plann"], "No such command 'plann'"),
+        (["plan"], "Missing option '--model'"),
+        (["calibrate", "extra"], "unexpected extra argument"),
         (["--nothing"], "No such option"),
         (["demo", "--steps", "1"], "'--steps'"),
         (["demo", "--systems", "eager,jax"], "'jax' is none of eager, inductor, mstc"),

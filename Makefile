@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.mstc-ready
@@ -12,7 +13,7 @@ demo: setup
 	$(PY) -m mstc.cli.main demo $(ARGS)
 
 test: lint browser
-	$(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PY) -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

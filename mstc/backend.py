@@ -14,7 +14,7 @@ from mstc.dump.environment import versions
 from mstc.dump.observer import Observer, observe
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
 from mstc.lower import body_compiler, lower, mode_settings
-from mstc.ops import loop, program
+from mstc.ops import flops, loop, program
 from mstc.options import Options, parse_options
 from mstc.passes.base import Context
 from mstc.passes.loops import has_loops
@@ -22,7 +22,7 @@ from mstc.pipeline import hold_to_word, run
 from mstc.report import Refusal, Report, record
 from mstc.verify import verifying
 
-__all__ = ["loop", "mstc"]
+__all__ = ["flops", "loop", "mstc"]
 
 
 def mstc(

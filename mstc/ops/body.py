@@ -23,7 +23,6 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.graph.costs import hint
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
 from mstc.graph.sizes import Size, evaluate, shape_of, size, symbols_of
@@ -442,16 +441,6 @@ def _saves_product(node: fx.Node, out: Sequence[fx.Node]) -> bool:
     return False
 
 
-def flops_of(gm: fx.GraphModule) -> float:
-    """FLOPs of the matrix products of a traced body."""
-    total = 0.0
-    for node in gm.graph.nodes:
-        if node.target in _PRODUCTS and isinstance(node.meta.get("val"), torch.Tensor):
-            left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
-            total += 2.0 * hint(node.meta["val"].numel()) * hint(left.meta["val"].shape[-1])
-    return total
-
-
 __all__ = [
     "LENGTH",
     "BackwardBody",
@@ -460,7 +449,6 @@ __all__ = [
     "backward_body",
     "cut_of",
     "dynamic_lengths",
-    "flops_of",
     "forward_body",
     "with_lengths",
 ]

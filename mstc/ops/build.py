@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.graph.costs import UNKNOWN_LENGTH, hint
+from mstc.graph.costs import UNKNOWN_LENGTH, hint, matmul_flops
 from mstc.graph.live import peak_bytes
 from mstc.graph.regions import Region
 from mstc.graph.sizes import size
@@ -24,13 +24,12 @@ from mstc.ops.body import (
     Value,
     backward_body,
     dynamic_lengths,
-    flops_of,
     forward_body,
     with_lengths,
 )
 from mstc.ops.dynamic import DynamicBodies
 from mstc.ops.pieces import balanced
-from mstc.ops.program import Backward, Program
+from mstc.ops.program import Backward, BodyCosts, Program
 
 Call = Callable[..., Any]
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Call]
@@ -71,14 +70,50 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
 
 
 @dataclass(frozen=True)
+class _Traced:
+    """A forward body, its joint graph with the backward (where there is one), and the fakes of inputs and results."""
+
+    mode: compat.FakeTensorMode
+    body: fx.GraphModule
+    fakes: list[torch.Tensor]
+    results: list[torch.Tensor]
+    joint: BackwardBody | None
+
+    def costs(self, fused: bool) -> BodyCosts:
+        """FLOPs of forward and backward body, and the most bytes that each has live."""
+        with compat.isolated_tracing(self.mode):
+            forward = compat.trace_flat(self.body, self.fakes)
+        pooled = fused and bool(self.fakes) and self.fakes[0].device.type == "cpu"
+
+        def flops(gm: fx.GraphModule | None) -> float:
+            return sum(map(matmul_flops, gm.graph.nodes)) if gm is not None else 0.0
+
+        def live(gm: fx.GraphModule | None) -> int:
+            return peak_bytes(gm, fused, pooled) if gm is not None else 0
+
+        joint = self.joint.gm if self.joint is not None else None
+        products = self._product_flops(self.joint) if self.joint is not None else 0.0
+        return BodyCosts((flops(forward), flops(joint) + products), (live(forward), live(joint)))
+
+    @staticmethod
+    def _product_flops(joint: BackwardBody) -> float:
+        """Of the products dy^T x, which the loop computes from what the joint graph returns."""
+        returned: Any = joint.gm.graph.output_node().args[0]
+        pairs = [(returned[f.x].meta["val"], returned[f.dy].meta["val"]) for f in joint.factors]
+        return float(sum(2 * x.numel() * dy.shape[-1] for x, dy in pairs))
+
+
+@dataclass(frozen=True)
 class _Bodies:
-    """Compiled bodies for one set of lengths, and the joint graph that the backward came from."""
+    """Compiled bodies for one set of lengths, and what they came from."""
 
     forward: Call | None
     backward: Call | None
-    traced: BackwardBody | None
-    flops: tuple[float, float] = (0.0, 0.0)
-    live: tuple[int, int] = (0, 0)
+    traced: _Traced
+
+
+def _mode() -> compat.FakeTensorMode:
+    return compat.FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Builder:
@@ -117,16 +152,16 @@ class _Builder:
         """One body for each chunk length."""
         made = {}
         for length in self.static_lengths():
-            mode, lengths = compat.FakeTensorMode(allow_non_fake_inputs=True), {LENGTH: length}
-            made[length] = self._compile(mode, forward_body(self.region, lengths), lengths, ())
+            lengths = {LENGTH: length}
+            made[length] = self._compile(_mode(), forward_body(self.region, lengths), lengths, ())
         first = next(iter(made.values()))
         program = self._program(
             key,
-            first.traced,
+            first.traced.joint,
             {length: b.forward for length, b in made.items() if b.forward is not None},
             {length: b.backward for length, b in made.items() if b.backward is not None},
         )
-        return replace(program, flops=first.flops, live=first.live)
+        return replace(program, measure=partial(first.traced.costs, self.recipe.fused))
 
     def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
         """One symbolic body, which takes the lengths as inputs."""
@@ -137,13 +172,17 @@ class _Builder:
         made = self._compile(mode, body, dict(zip(names, symints, strict=True)), symints)
 
         def special(values: Sequence[int]) -> tuple[Call | None, Call | None]:
-            mode, own_lengths = compat.FakeTensorMode(allow_non_fake_inputs=True), dict(zip(names, values, strict=True))
-            own = self._compile(mode, with_lengths(body, values), own_lengths, ())
-            return own.forward, _as_laid_out(own, made.traced)
+            own = self._compile(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)), ())
+            return own.forward, _as_laid_out(own, made.traced.joint)
+
+        def measure() -> BodyCosts:
+            values = [examples[s] for s in names]
+            own = self._trace(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)))
+            return own.costs(self.recipe.fused)
 
         bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
-        program = self._program(key, made.traced, {}, {})
-        return replace(program, lengths=lengths, longest=self.recipe.longest, dynamic=bodies)
+        program = self._program(key, made.traced.joint, {}, {})
+        return replace(program, lengths=lengths, longest=self.recipe.longest, dynamic=bodies, measure=measure)
 
     def _compile(
         self,
@@ -153,14 +192,28 @@ class _Builder:
         inputs: Sequence[torch.SymInt],
     ) -> _Bodies:
         """The bodies for these lengths; ``inputs`` are those that the body takes as inputs."""
-        recipe = self.recipe
+        t = self._trace(mode, body, lengths, inputs)
+        forward = None if self.recipe.loss and t.joint is not None else self.compiler(body, [*t.fakes, *inputs])
+        if t.joint is None:
+            return _Bodies(forward, None, t)
+        arguments = [*_inputs(t.joint, t.fakes, t.results, len(self.tokens)), *inputs]
+        return _Bodies(forward, self.compiler(t.joint.gm, arguments), t)
+
+    def _trace(
+        self,
+        mode: compat.FakeTensorMode,
+        body: fx.GraphModule,
+        lengths: Mapping[sympy.Symbol, Any],
+        inputs: Sequence[torch.SymInt] = (),
+    ) -> _Traced:
+        """The backward body for these lengths, where there is one, and the fakes that it was traced with."""
         fakes = [v.fake(mode, lengths) for v in (*self.tokens, *self.shared)]
-        traced = None
+        joint = None
         with compat.isolated_tracing(mode):
             # As the loop reads and writes them: dense, whatever views the body returns.
             results = [v.fake(mode, lengths) for v in (*self.outputs, *self.sums)]
             if self.differentiable:
-                traced = backward_body(
+                joint = backward_body(
                     body,
                     fakes[: len(self.tokens)],
                     fakes[len(self.tokens) :],
@@ -168,16 +221,11 @@ class _Builder:
                     self.shared_needs,
                     results,
                     self.result_needs,
-                    recipe.kept,
-                    with_values=recipe.loss,
+                    self.recipe.kept,
+                    with_values=self.recipe.loss,
                     lengths=inputs,
                 )
-            flops, live = _costs(body, fakes, traced, recipe.fused) if not inputs else ((0.0, 0.0), (0, 0))
-        forward = None if recipe.loss and traced is not None else self.compiler(body, [*fakes, *inputs])
-        if traced is None:
-            return _Bodies(forward, None, None, flops, live)
-        arguments = [*_inputs(traced, fakes, results, len(self.tokens)), *inputs]
-        return _Bodies(forward, self.compiler(traced.gm, arguments), traced, flops, live)
+        return _Traced(mode, body, fakes, results, joint)
 
     def _program(
         self, key: str, traced: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
@@ -200,17 +248,6 @@ class _Builder:
         )
 
 
-def _costs(
-    body: fx.GraphModule, fakes: Sequence[torch.Tensor], traced: BackwardBody | None, fused: bool
-) -> tuple[tuple[float, float], tuple[int, int]]:
-    """FLOPs of forward and backward body, and the most bytes that each has live."""
-    graphs = [compat.trace_flat(body, fakes), *([traced.gm] if traced is not None else [])]
-    pooled = fused and bool(fakes) and fakes[0].device.type == "cpu"
-    flops = [flops_of(g) for g in graphs]
-    live = [peak_bytes(g, fused, pooled) for g in graphs]
-    return (flops[0], flops[1] if traced else 0.0), (live[0], live[1] if traced else 0)
-
-
 def examples_of(region: Region) -> dict[sympy.Symbol, int]:
     """The lengths that the graph was captured with."""
     found: dict[sympy.Symbol, int] = {}
@@ -228,7 +265,7 @@ def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:
 
     The same node may serve as two results at one length and not at another.
     """
-    a, b, run = own.traced, general, own.backward
+    a, b, run = own.traced.joint, general, own.backward
     if a is None or b is None or run is None:
         return run
     called = replace(a, gm=b.gm, token_grads=b.token_grads, shared_grads=b.shared_grads, factors=b.factors)

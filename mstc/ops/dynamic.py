@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 Call = Callable[..., Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,11 +41,15 @@ class DynamicBodies:
             if self.holds(lengths):
                 found = _with_lengths(self.forward, lengths), _with_lengths(self.backward, lengths)
             else:
-                # In a thread of its own: in this one the running operator has switched autograd and tracing off.
-                with ThreadPoolExecutor(1) as thread:
-                    found = thread.submit(self.special, lengths).result()
+                found = apart(self.special, lengths)
             self._known[lengths] = found
         return found
+
+
+def apart(trace: Callable[..., T], *args: Any) -> T:
+    """Call ``trace`` in a thread of its own: in this one a running operator has switched autograd and tracing off."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(trace, *args).result()
 
 
 def _with_lengths(body: Call | None, lengths: tuple[int, ...]) -> Call | None:

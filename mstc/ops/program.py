@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -13,7 +14,7 @@ import torch
 from mstc.errors import LoopError
 from mstc.graph.sizes import Size, evaluate
 from mstc.ops.body import Factors, Value
-from mstc.ops.dynamic import DynamicBodies
+from mstc.ops.dynamic import DynamicBodies, apart
 from mstc.ops.pieces import balanced
 
 Bodies = Mapping[int, Callable[..., Any]]  # by the length of the chunk
@@ -35,6 +36,14 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class BodyCosts:
+    """FLOPs, and most bytes at once (inputs left out), of the forward and the backward body of one chunk."""
+
+    flops: tuple[float, float] = (0.0, 0.0)
+    live: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Program:
     """Everything that a loop op needs at run time.
 
@@ -45,7 +54,7 @@ class Program:
     accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients;
     lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
     chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call;
-    flops and live (most bytes at once, inputs left out): of forward and backward body of the longest static chunk.
+    measure: counts what a chunk of the longest static length costs; only plans, reports and FLOP counters ask.
     """
 
     key: str
@@ -61,11 +70,21 @@ class Program:
     forward: Bodies
     backward: Backward | None
     accumulate: str
-    flops: tuple[float, float] = (0.0, 0.0)
-    live: tuple[int, int] = (0, 0)
+    measure: Callable[[], BodyCosts] = BodyCosts
     lengths: tuple[sympy.Symbol, ...] = ()
     longest: int = 0
     dynamic: DynamicBodies | None = None
+
+    @cached_property
+    def costs(self) -> BodyCosts:
+        return apart(self.measure)
+
+    def flops(self, values: Sequence[int] = ()) -> tuple[float, float]:
+        """FLOPs of the matrix products of a whole call, forward and backward, for these dynamic lengths."""
+        n = self.n if self.dynamic is None else evaluate(self.n, dict(zip(self.lengths, values, strict=True)))
+        measured = self.longest if self.dynamic is not None else -(-int(self.n) // self.count)
+        forward, backward = self.costs.flops
+        return forward * int(n) / measured, backward * int(n) / measured
 
     @property
     def chunks(self) -> list[tuple[int, int]]:

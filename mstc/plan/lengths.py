@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from mstc.ops.body import Value
-from mstc.ops.program import Program
+from mstc.ops.program import BodyCosts, Program
 from mstc.plan.calls import Call, Step
 
 
@@ -56,8 +57,15 @@ def _program(p: Program, old: int, new: int) -> Program:
         count=count,
         tokens=tuple(_value(v, n) for v in p.tokens),
         outputs=tuple(_value(v, n) for v in p.outputs),
-        flops=(p.flops[0] * longest / traced, p.flops[1] * longest / traced),
-        live=(p.live[0] * longest // traced, p.live[1] * longest // traced),
+        measure=partial(_scaled, p, longest, traced),
+    )
+
+
+def _scaled(p: Program, longest: int, traced: int) -> BodyCosts:
+    flops, live = p.costs.flops, p.costs.live
+    return BodyCosts(
+        (flops[0] * longest / traced, flops[1] * longest / traced),
+        (live[0] * longest // traced, live[1] * longest // traced),
     )
 
 

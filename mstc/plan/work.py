@@ -29,21 +29,18 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
     traced = max(n for _, n in p.chunks)
     count = p.count if count is None else count
     length = -(-p.n // count)
-    live = [x * length // traced for x in p.live]
+    live = [x * length // traced for x in p.costs.live]
     pieces = sum(_copied(v, length) for v in p.tokens)
     results = sum(_chunk_bytes(v, length) for v in p.outputs) + sum(_bytes(v) for v in p.sums)
     held = results if count > 1 else 0  # the chunk before is dropped after the next has run
     forward = live[0] + held + pieces
     backward = 0
-    products = 0.0
     if p.backward is not None:
         b = p.backward
         incoming = sum(_copied(p.outputs[i], length) for i in b.grads if i < len(p.outputs))
         kept = sum(_copied(p.outputs[i], length) for i in b.kept)
         backward = live[1] + pieces + incoming + kept + _wider(p)
-        # The loop's own products dy^T x cost what the forward's with the same weights do.
-        products = p.flops[0] * p.count if b.factors else 0.0
-    flops = (p.flops[0] * p.count, p.flops[1] * p.count + products)
+    flops = p.flops()
     moved = _moved(p, count)
     if loss and p.backward is not None:
         # Forward and gradients in one; the backward scales them.
@@ -65,7 +62,7 @@ def _moved(p: Program, count: int) -> tuple[float, float]:
     """Bytes read and written: whole inputs once per chunk, tokens once, intermediates written and read."""
     weights = float(sum(_bytes(v) for v in p.shared)) * count
     tokens = float(sum(_bytes(v) for v in (*p.tokens, *p.outputs)))
-    inside = [2.0 * x * p.count for x in p.live]
+    inside = [2.0 * x * p.count for x in p.costs.live]
     return weights + tokens + inside[0], 3 * weights + 2 * tokens + inside[1]
 
 

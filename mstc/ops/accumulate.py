@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mstc.ops.pieces import empty
 from mstc.ops.program import Backward, Program
 
 
@@ -33,19 +34,25 @@ class Accumulators:
         if shared in self._sums:
             self._sums[shared].addmm_(left, right)
         else:
-            self._sums[shared] = torch.mm(left, right)
+            torch.mm(left, right, out=self._empty(shared))
 
     def _add(self, shared: int, gradient: torch.Tensor) -> None:
-        dtype = self._program.accumulator_dtype(self._program.shared[shared].dtype)
         if shared in self._sums:
             self._sums[shared].add_(gradient)
         else:
-            self._sums[shared] = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+            self._empty(shared).copy_(gradient)
+
+    def _empty(self, shared: int) -> torch.Tensor:
+        """A new accumulator, laid out as the input is: autograd takes such a gradient as it is, any other it copies."""
+        value = self._program.shared[shared]
+        dtype = self._program.accumulator_dtype(value.dtype)
+        self._sums[shared] = empty(value.shape, value.order, dtype, value.device)
+        return self._sums[shared]
 
     def result(self, shared: int) -> torch.Tensor:
         """The whole gradient in the input's own dtype; zeros where nothing was added."""
         value = self._program.shared[shared]
         found = self._sums.pop(shared, None)
         if found is None:
-            return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            return empty(value.shape, value.order, value.dtype, value.device).zero_()
         return found.to(value.dtype)

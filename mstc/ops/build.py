@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -27,11 +28,15 @@ from mstc.ops.body import (
     forward_body,
     with_lengths,
 )
+from mstc.ops.class_sums import use_class_sums
 from mstc.ops.dynamic import DynamicBodies
 from mstc.ops.pieces import balanced
 from mstc.ops.program import Backward, BodyCosts, Program
 
 Call = Callable[..., Any]
+
+# Part of every key: what the compiler caches under a loop's name holds for this code of the ops only.
+_CODE = digest(*(f.read_text(encoding="utf-8") for f in sorted(Path(__file__).parent.glob("*.py"))))
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Call]
 
 
@@ -61,7 +66,7 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
     builder = _Builder(region, recipe, compiler)
     lengths = dynamic_lengths(region)
     body = forward_body(region, None if lengths else {LENGTH: builder.static_lengths()[0]})
-    key = "mstc_" + digest(canonical_text(body.graph), builder.values(), builder.needs, region.n, recipe)
+    key = "mstc_" + digest(canonical_text(body.graph), builder.values(), builder.needs, region.n, recipe, _CODE)
     if programs.known(key):
         return programs.program(key)
     made = builder.dynamic(key, lengths) if lengths else builder.static(key)
@@ -225,6 +230,9 @@ class _Builder:
                     with_values=self.recipe.loss,
                     lengths=inputs,
                 )
+        if joint is not None and self.recipe.fused:
+            use_class_sums(joint.gm.graph)
+            joint.gm.recompile()
         return _Traced(mode, body, fakes, results, joint)
 
     def _program(

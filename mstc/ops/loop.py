@@ -13,7 +13,6 @@ values of the dynamic lengths that the program's sizes are made of: none where t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from mstc.compat_autocast import no_autocast
 from mstc.errors import LoopError
 from mstc.ops.accumulate import Accumulators
 from mstc.ops.body import Value
-from mstc.ops.pieces import dense, empty
+from mstc.ops.pieces import dense, empty, order_of
 from mstc.ops.program import Backward, Program, program
 from mstc.ops.workspace import workspace
 
@@ -163,9 +162,8 @@ def _fake(p: Program, value: Value, lengths: Lengths) -> torch.Tensor:
 
 
 def _fake_gradients(p: Program, lengths: Lengths) -> list[torch.Tensor]:
-    """Of the token inputs, laid out as they are; of the shared inputs, contiguous."""
-    shared = [replace(v, order=tuple(range(len(v.shape)))) for v in p.shared]
-    wanted = [p.tokens[i] for i in _needing(p.token_needs)] + [shared[j] for j in _needing(p.shared_needs)]
+    """Of the inputs that need them, laid out as they are."""
+    wanted = [p.tokens[i] for i in _needing(p.token_needs)] + [p.shared[j] for j in _needing(p.shared_needs)]
     return [_fake(p, v, lengths) for v in wanted]
 
 
@@ -289,10 +287,17 @@ def _loss_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
     if not pairs:
         return [None] * len(p.tokens), [None] * len(p.shared), [None] * len(p.sums), _no_gradients(p.lengths), None
     ratio = _ratio(pairs)
-    scaled = iter([u * ratio.to(u.dtype) for u in unit])
+    scaled = iter([_scaled(u, ratio) for u in unit])
     token_grads = [next(scaled) if need else None for need in p.token_needs]
     shared_grads = [next(scaled) if need else None for need in p.shared_needs]
     return token_grads, shared_grads, [None] * len(p.sums), _no_gradients(p.lengths), None
+
+
+def _scaled(x: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """``x * ratio``, its dimensions taken in the order they have in memory: so a compiler reuses the buffer."""
+    order = order_of(x)
+    back = [order.index(d) for d in range(x.dim())]
+    return (x.permute(order) * ratio.to(x.dtype)).permute(back)
 
 
 def _ratio(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

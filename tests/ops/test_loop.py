@@ -288,3 +288,17 @@ def test_opcheck() -> None:
     assert {str(op) for op in calls} == {"mstc.loop.default", "mstc.loop_backward.default", "mstc.loss_loop.default"}
     for op, args in calls.items():
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_gradients_lie_in_memory_as_their_weights(lower: str) -> None:
+    """Autograd copies a gradient that lies otherwise than its leaf: a head would pay with its largest tensor."""
+    weight = torch.randn(96, 8, requires_grad=True)
+    x, labels = torch.randn(40, 8), torch.randint(96, (40,))
+    options = {**chunked(7, 5), "lower": lower}
+    step = torch.compile(lambda: F.cross_entropy(x @ weight.t(), labels), backend="mstc", options=options)
+    found = torch.autograd.grad(step(), weight)[0]
+    assert any(r.loop for r in mstc.reports()[-1].regions)
+    assert found.stride() == weight.stride()
+    expected = torch.autograd.grad(F.cross_entropy(x @ weight.t(), labels), weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,87 @@
+"""The gradient of a log-softmax without a pass over all classes for a sum that is known.
+
+    dx = dy - exp(y) * sum(dy over classes),   y = log_softmax(x)
+
+Where dy comes from a negative log-likelihood, each row of it has one entry that is not zero, so the sum is that entry.
+A compiler that fuses pointwise operations computes it over again, class by class: with a large vocabulary that costs
+as much as the rest of the loss. Terms that are the same for all classes (label smoothing) are added up as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+aten, prims = torch.ops.aten, torch.ops.prims
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def use_class_sums(graph: fx.Graph) -> None:
+    """Write out log-softmax gradients whose sums over classes are known."""
+    for node in graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default):
+        dy, y, dim, dtype = node.args
+        value = node.meta["val"]
+        if dim % max(value.dim(), 1) != value.dim() - 1:
+            continue
+        write = _Writer(graph, node)
+        total = _sum_over_classes(write, dy)
+        if total is None:
+            continue
+        wide = torch.float32 if value.dtype in _LOW else value.dtype
+        part = write(aten.mul.Tensor, write(aten.exp.default, write.cast(y, wide)), write.cast(total, wide))
+        new = write.cast(write(aten.sub.Tensor, write.cast(dy, wide), part), dtype)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+class _Writer:
+    """Adds calls before a node; each new node knows its value's shape."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node) -> None:
+        self._graph, self._before = graph, before
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        with self._graph.inserting_before(self._before):
+            node = self._graph.call_function(target, args)
+        with self._before.meta["val"].fake_mode, torch.no_grad():
+            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return x if x.meta["val"].dtype == dtype else self(prims.convert_element_type.default, x, dtype)
+
+
+def _sum_over_classes(write: _Writer, dy: Any) -> fx.Node | None:
+    """The sum of a gradient over its last dimension, that dimension kept with size 1; None where it is not known."""
+    if not isinstance(dy, fx.Node):
+        return None
+    if dy.target is aten.nll_loss_backward.default:
+        return _entry(write, dy)
+    if dy.target is aten.add.Tensor and not dy.kwargs and all(_same_shape(a, dy) for a in dy.args):
+        parts = [_sum_over_classes(write, a) for a in dy.args]
+        return None if None in parts else write(aten.add.Tensor, *parts)
+    if dy.target is aten.expand.default:
+        x: Any = dy.args[0]
+        classes, value = dy.meta["val"].shape[-1], x.meta["val"]
+        if isinstance(classes, int) and value.dim() == dy.meta["val"].dim() and value.shape[-1] == 1:
+            return write(aten.mul.Scalar, x, classes)
+    return None
+
+
+def _same_shape(x: Any, like: fx.Node) -> bool:
+    return isinstance(x, fx.Node) and x.meta["val"].shape == like.meta["val"].shape
+
+
+def _entry(write: _Writer, nll: fx.Node) -> fx.Node | None:
+    """Of each row of a negative log-likelihood's gradient, the entry at the target: -weight[target] * gradient."""
+    gradient, logp, target, weight, reduction, ignored, _ = nll.args
+    if reduction != 0 or not isinstance(logp, fx.Node) or logp.meta["val"].dim() != 2:
+        return None
+    left_out = write(aten.eq.Scalar, target, ignored)
+    entry = write(aten.neg.default, gradient)
+    if weight is not None:
+        counted = write(aten.masked_fill.Scalar, target, left_out, 0)
+        entry = write(aten.mul.Tensor, entry, write(aten.index.Tensor, weight, [counted]))
+    return write(aten.unsqueeze.default, write(aten.masked_fill.Scalar, entry, left_out, 0), 1)

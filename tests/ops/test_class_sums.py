@@ -1,0 +1,73 @@
+"""Gradients of log-softmax with known sums over classes: the same numbers, and no sum is left in the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mstc import compat
+from mstc.ops.class_sums import use_class_sums
+
+aten = torch.ops.aten
+TARGETS = torch.tensor([1, 2, 99, 3, 0, 6])
+WEIGHTS = torch.rand(7, generator=torch.Generator().manual_seed(1))
+LOSSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weights": {"weight": WEIGHTS},
+    "a class ignored": {"ignore_index": 3},
+    "label smoothing": {"label_smoothing": 0.1},
+}
+KEPT: dict[str, dict[str, Any]] = {
+    "smoothing and weights": {"label_smoothing": 0.1, "weight": WEIGHTS},
+    "mean": {"reduction": "mean"},
+}
+
+
+def gradient(options: dict[str, Any]) -> Any:
+    def run(logits: Tensor, gradient: Tensor) -> list[Tensor]:
+        given = {k: v.to(logits.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            targets = TARGETS.clamp(max=6) if "ignore_index" in options else TARGETS
+            losses = F.cross_entropy(x, targets, **{"reduction": "none", "ignore_index": 99, **given})
+            return list(torch.autograd.grad(losses, x, gradient.expand_as(losses)))
+
+    return run
+
+
+def rewritten(run: Any, logits: Tensor, given: Tensor) -> torch.fx.GraphModule:
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x) for x in (logits, given)]
+    with compat.isolated_tracing(mode), torch.no_grad():
+        gm = compat.trace_flat(run, fakes)
+    use_class_sums(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+def test_same_numbers_without_the_sum(options: dict[str, Any], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, given = torch.randn(6, 7, generator=generator).to(dtype), torch.randn(6, generator=generator).to(dtype)
+    run = gradient(options)
+    gm = rewritten(run, logits, given)
+    assert not gm.graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default)
+    found, expected = gm(logits, given)[0], run(logits, given)[0]
+    assert found.dtype == expected.dtype == dtype
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+    noted = [n for n in gm.graph.nodes if n.op == "call_function"]
+    assert all("val" in n.meta for n in noted)
+
+
+@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
+def test_other_gradients_stay(options: dict[str, Any]) -> None:
+    given = torch.randn(()) if "reduction" in options else torch.randn(6)
+    gm = rewritten(gradient(options), torch.randn(6, 7), given)
+    assert gm.graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default)

@@ -30,6 +30,8 @@ def print_dump(dump: Dump, console: Console, page: Path | None) -> None:
         console.print("No graph was captured: the function calls no tensor operator.")
     for graph in dump.graphs:
         _print_graph(graph, console)
+    for m in dump.measured:
+        console.print(f"measured peak of one step above rest: {bytes_text(m.peak)} by {m.system} on {m.device}")
     if page is not None:
         console.print(f"page: {page}", markup=False, soft_wrap=True)
 

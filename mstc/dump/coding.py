@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, fields
 from typing import Any
 
-from mstc.dump.model import FORMAT, Block, Dump, Fold, GraphDump, Memory, Node, Stage
+from mstc.dump.model import FORMAT, Block, Dump, Fold, GraphDump, Measured, Memory, Node, Stage
 from mstc.errors import DumpError
 from mstc.report import Edit, Fidelity, Refusal
 
@@ -24,6 +24,7 @@ def to_data(dump: Dump) -> dict[str, Any]:
         "options": dump.options,
         "versions": dump.versions,
         "seconds": round(dump.seconds, 3),
+        "measured": [asdict(m) for m in dump.measured],
         "graphs": [_graph(g) for g in dump.graphs],
     }
 
@@ -41,7 +42,8 @@ def from_json(text: str) -> Dump:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DumpError(f"not a dump of format {FORMAT}: write it anew with this version of mstc")
     graphs = tuple(_read_graph(g) for g in data["graphs"])
-    return Dump(data["title"], data["command"], data["options"], data["versions"], graphs, data["seconds"])
+    measured = tuple(Measured(**{**m, "samples": tuple(map(tuple, m["samples"]))}) for m in data["measured"])
+    return Dump(data["title"], data["command"], data["options"], data["versions"], graphs, data["seconds"], measured)
 
 
 # ------------------------------------------------------------------ writing

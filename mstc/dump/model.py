@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from mstc.report import Edit, Fidelity, Refusal
 
-FORMAT = 1  # of the JSON; a reader refuses another one
+FORMAT = 2  # of the JSON; a reader refuses another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,22 @@ class GraphDump:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Memory of one step that ran, above what rested before it, in bytes.
+
+    system: "eager" or "mstc"; peak: the highest (a mark that the system kept, or the allocator); samples: pairs of
+    (seconds since the step began, bytes).
+    """
+
+    system: str
+    device: str
+    peak: int
+    samples: tuple[tuple[float, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Dump:
-    """All graphs of one function or of one process."""
+    """All graphs of one function or of one process, and the steps of it that were measured."""
 
     title: str
     command: str
@@ -145,3 +159,4 @@ class Dump:
     versions: dict[str, str] = field(default_factory=dict)
     graphs: tuple[GraphDump, ...] = ()
     seconds: float = 0.0
+    measured: tuple[Measured, ...] = ()

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch.fx as fx
 
-from mstc.dump.blocks import fold, is_view, make_blocks
-from mstc.dump.memory import Scratch, predict
+from mstc.dump.blocks import fold, make_blocks
+from mstc.dump.memory import predict
 from mstc.dump.model import Block, GraphDump, Memory, Stage
 from mstc.dump.nodes import Recorder, short
 from mstc.passes.base import Pass
@@ -27,7 +27,7 @@ class Recording:
 
     def start(self, gm: fx.GraphModule) -> None:
         self.stages.append(Stage("", self._recorder.nodes(gm.graph)))
-        self._before = predict(gm.graph, self._training, name=self._recorder.name)
+        self._before = predict(gm, self._training, fused=False)
 
     def ran(self, step: Pass, gm: fx.GraphModule, done: Ran) -> None:
         nodes = self._recorder.nodes(gm.graph) if done.changed else self.stages[-1].nodes
@@ -37,17 +37,8 @@ class Recording:
     def finish(self, gm: fx.GraphModule, report: Report) -> GraphDump:
         """Everything about the graph, now that all passes ran."""
         blocks = make_blocks(self.stages, report.regions, report.refusals)
-        scratch = self._scratch(blocks)
-        after = predict(gm.graph, self._training, scratch, self._recorder.name)
+        after = predict(gm, self._training, fused=True)
         return _graph(report, self._training, self.stages, blocks, self._before, after)
-
-    def _scratch(self, blocks: Sequence[Block]) -> dict[str, Scratch]:
-        sizes = {n.name: n.nbytes for s in self.stages for n in s.nodes if not is_view(n)}
-        found: dict[str, Scratch] = {}
-        for block in blocks:
-            widest = max((sizes.get(n, 0) for n in block.inside), default=0)
-            found.update({n: Scratch(block.held, widest // block.chunks) for n in block.nodes if block.inside})
-        return found
 
 
 def left_as_it_came(gm: fx.GraphModule, report: Report) -> GraphDump:

@@ -84,8 +84,8 @@ class _Traced:
     results: list[torch.Tensor]
     joint: BackwardBody | None
 
-    def costs(self, fused: bool) -> BodyCosts:
-        """FLOPs of forward and backward body, and the most bytes that each has live."""
+    def costs(self, length: int, fused: bool) -> BodyCosts:
+        """FLOPs of forward and backward body for chunks of that length, and the most bytes that each has live."""
         with compat.isolated_tracing(self.mode):
             forward = compat.trace_flat(self.body, self.fakes)
         pooled = fused and bool(self.fakes) and self.fakes[0].device.type == "cpu"
@@ -98,7 +98,7 @@ class _Traced:
 
         joint = self.joint.gm if self.joint is not None else None
         products = self._product_flops(self.joint) if self.joint is not None else 0.0
-        return BodyCosts((flops(forward), flops(joint) + products), (live(forward), live(joint)))
+        return BodyCosts(length, (flops(forward), flops(joint) + products), (live(forward), live(joint)))
 
     @staticmethod
     def _product_flops(joint: BackwardBody) -> float:
@@ -166,7 +166,8 @@ class _Builder:
             {length: b.forward for length, b in made.items() if b.forward is not None},
             {length: b.backward for length, b in made.items() if b.backward is not None},
         )
-        return replace(program, measure=partial(first.traced.costs, self.recipe.fused))
+        longest = next(iter(made))
+        return replace(program, measure=partial(made[longest].traced.costs, longest, self.recipe.fused))
 
     def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
         """One symbolic body, which takes the lengths as inputs."""
@@ -183,11 +184,14 @@ class _Builder:
         def measure() -> BodyCosts:
             values = [examples[s] for s in names]
             own = self._trace(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)))
-            return own.costs(self.recipe.fused)
+            return own.costs(examples[LENGTH], self.recipe.fused)
 
         bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
         program = self._program(key, made.traced.joint, {}, {})
-        return replace(program, lengths=lengths, longest=self.recipe.longest, dynamic=bodies, measure=measure)
+        known = tuple(examples[s] for s in lengths)
+        return replace(
+            program, lengths=lengths, examples=known, longest=self.recipe.longest, dynamic=bodies, measure=measure
+        )
 
     def _compile(
         self,

@@ -37,8 +37,9 @@ class Backward:
 
 @dataclass(frozen=True)
 class BodyCosts:
-    """FLOPs, and most bytes at once (inputs left out), of the forward and the backward body of one chunk."""
+    """Of a chunk of ``length`` indices: FLOPs, and most bytes at once (inputs left out), forward and backward."""
 
+    length: int = 1
     flops: tuple[float, float] = (0.0, 0.0)
     live: tuple[int, int] = (0, 0)
 
@@ -54,7 +55,8 @@ class Program:
     accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients;
     lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
     chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call;
-    measure: counts what a chunk of the longest static length costs; only plans, reports and FLOP counters ask.
+    examples: their values in the graph's example;
+    measure: counts what a chunk of the longest length costs; only plans, reports and FLOP counters ask.
     """
 
     key: str
@@ -72,6 +74,7 @@ class Program:
     accumulate: str
     measure: Callable[[], BodyCosts] = BodyCosts
     lengths: tuple[sympy.Symbol, ...] = ()
+    examples: tuple[int, ...] = ()
     longest: int = 0
     dynamic: DynamicBodies | None = None
 
@@ -82,14 +85,17 @@ class Program:
     def flops(self, values: Sequence[int] = ()) -> tuple[float, float]:
         """FLOPs of the matrix products of a whole call, forward and backward, for these dynamic lengths."""
         n = self.n if self.dynamic is None else evaluate(self.n, dict(zip(self.lengths, values, strict=True)))
-        measured = self.longest if self.dynamic is not None else -(-int(self.n) // self.count)
-        forward, backward = self.costs.flops
-        return forward * int(n) / measured, backward * int(n) / measured
+        forward, backward = (x * int(n) / self.costs.length for x in self.costs.flops)
+        return forward, backward
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """(start, length) of the chunks."""
         return balanced(self.n, self.count)
+
+    def example(self) -> Program:
+        """The program for the lengths that the graph was captured with."""
+        return self.at(self.examples)
 
     def at(self, values: Sequence[int]) -> Program:
         """The same for a call with these dynamic lengths."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from mstc.graph.costs import hint, is_heavy, matmul_flops
+from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
 from mstc.graph.live import is_view
 from mstc.ops.program import Program, program
 from mstc.plan.work import loop_work
@@ -74,8 +74,11 @@ class Step:
     training: bool
 
 
-def read_step(gm: fx.GraphModule, training: bool) -> Step:
-    """The calls of a graph in normal form, loops included."""
+def read_step(gm: fx.GraphModule, training: bool, fused: bool = True) -> Step:
+    """The calls of a graph in normal form, loops included.
+
+    fused: as a compiler runs it, which makes cheap values again in the backward rather than keep them.
+    """
     reader = _Reader(training)
     calls = [c for n in gm.graph.nodes if n.op == "call_function" for c in reader.call(n)]
     placeholders = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
@@ -85,7 +88,7 @@ def read_step(gm: fx.GraphModule, training: bool) -> Step:
     others = [n.name for n in placeholders if n.name not in needing]
     outputs = [reader.memory(n) for n in gm.graph.output_node().all_input_nodes]
     step = Step(calls, reader.sizes, tuple(needing), tuple(others), tuple(outputs), training)
-    return _without_cheap_keeps(step) if training else step
+    return _without_cheap_keeps(step) if training and fused else step
 
 
 def bytes_of(value: Any) -> int:
@@ -140,7 +143,7 @@ class _Reader:
         return tuple(dict.fromkeys(self.memory(i) for i in nodes if i.meta.get("needs_grad")))
 
     def _loop(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
-        p = program(str(node.args[-1]))
+        p = program(str(node.args[-1])).example()
         tokens, shared = list(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
         loss = str(node.target) == _LOSS_LOOP
         grads = self._grads([*tokens, *shared])
@@ -165,10 +168,10 @@ class _Reader:
     def _attention(self, node: fx.Node, reads: tuple[str, ...]) -> Call:
         """Kernels that keep q, k, v, the output and one float per query and head (the log-sum-exp)."""
         out = node.meta["val"]
-        q, k = (n.meta["val"] for n in node.all_input_nodes[:2])
-        queries = hint(out.shape[-2]) * (out.numel() // max(hint(out.shape[-2]) * hint(out.shape[-1]), 1))
+        q, k = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
+        queries = numel(node) // max(hint(out.shape[-1]), 1)
         lse = f"{node.name}:lse"
-        self.sizes[lse] = 4 * int(queries)
+        self.sizes[lse] = 4 * queries
         causal = 0.5 if _is_causal(node) else 1.0
         flops = 4.0 * queries * hint(k.shape[-2]) * hint(q.shape[-1]) * causal
         moved = float(sum(self.sizes.get(m, 0) for m in reads) + self.sizes[node.name])

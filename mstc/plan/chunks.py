@@ -60,37 +60,72 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     """Chunks for a region: as asked, or where ``"auto"`` by its working set.
 
     Below ``4 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
-    nothing that matters: the region stays whole.
+    nothing that matters: the region stays whole. A dynamic length is taken to be ``PLANNED_TOKENS`` where the
+    example is shorter: one graph serves all lengths, and the one at hand may well be the shortest.
     """
-    if not isinstance(region.n, int) or dynamic_lengths(region):
-        return _choose_dynamic(region, chunk_tokens)
-    n, tokens = hint_n(region), tokens_of(region)
-    if isinstance(chunk_tokens, int):
-        count = min(-(-tokens // chunk_tokens), n)
-        if count == 1:
-            return Chunks(1, f"its {tokens} tokens fit into one chunk of {chunk_tokens}")
-        return Chunks(count, f"{chunk_tokens} tokens per chunk as asked")
-    total = intermediate_bytes(region)
-    if tokens < 4 * FEWEST_TOKENS or total < WORTH:
-        return Chunks(1, f"{tokens} tokens with {total / 2**20:.0f} MiB of intermediates: chunks would not pay")
-    widest = max((nbytes(x) for x in region.nodes), default=0)
-    per_chunk = _tokens_per_chunk(tokens, widest)
-    count = _even(n, min(-(-tokens // per_chunk), n))
-    return Chunks(count, f"{tokens // count} tokens per chunk")
-
-
-def _choose_dynamic_queries(region: Region, chunk_tokens: int | str) -> Chunks:
-    """Chunks of queries of a dynamic length: planned for ``PLANNED_TOKENS`` queries and keys at least."""
     try:
-        n = hint_n(region)
+        lengths = _Lengths.of(region, tokens_of(region), "tokens")
     except UnknownSize as problem:
         return Chunks(1, str(problem))
-    longest = chunk_tokens
-    if not isinstance(longest, int):
-        growth = max(PLANNED_TOKENS / n, 1.0)
-        widest = max(nbytes(x) for x in region.nodes) * growth**2
-        longest = max(int(n * growth * SCORES / widest), FEWEST_QUERIES)
-    return Chunks(max(-(-n // longest), 2), f"{longest} queries per chunk of a dynamic length", longest)
+    if isinstance(chunk_tokens, int):
+        return lengths.chunks(chunk_tokens, asked=True)
+    total = intermediate_bytes(region) * lengths.growth
+    if lengths.rows * lengths.growth < 4 * FEWEST_TOKENS or total < WORTH:
+        return lengths.whole(f"with {total / 2**20:.0f} MiB of intermediates")
+    widest = max((nbytes(x) for x in region.nodes), default=0)
+    return lengths.chunks(_tokens_per_chunk(lengths.rows, widest))
+
+
+def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
+    """Chunks of queries for attention that is written out: as asked, or where ``"auto"`` by its widest scores."""
+    try:
+        lengths = _Lengths.of(region, hint_n(region), "queries")
+    except UnknownSize as problem:
+        return Chunks(1, str(problem))
+    if isinstance(chunk_tokens, int):
+        return lengths.chunks(chunk_tokens, asked=True)
+    pairs = lengths.growth**2  # queries and keys grow together
+    total, widest = intermediate_bytes(region) * pairs, max(nbytes(x) for x in region.nodes) * pairs
+    if total < WORTH or widest <= SCORES:
+        return lengths.whole(f"with {total / 2**20:.0f} MiB of scores and weights")
+    return lengths.chunks(max(int(lengths.rows * lengths.growth * SCORES / widest), FEWEST_QUERIES))
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """A region's axis of ``n`` indices, and the ``rows`` (tokens or queries) that it makes: more in a batch.
+
+    dynamic: these are those of an example; growth: how much longer the length is taken to be.
+    """
+
+    n: int
+    rows: int
+    what: str
+    dynamic: bool
+    growth: float
+
+    @staticmethod
+    def of(region: Region, rows: int, what: str) -> _Lengths:
+        dynamic = not isinstance(region.n, int) or bool(dynamic_lengths(region))
+        growth = max(PLANNED_TOKENS / max(rows, 1), 1.0) if dynamic else 1.0
+        return _Lengths(hint_n(region), rows, what, dynamic, growth)
+
+    def whole(self, of_what: str) -> Chunks:
+        return Chunks(1, f"{int(self.rows * self.growth)} {self.what} {of_what}: chunks would not pay")
+
+    def chunks(self, per_chunk: int, asked: bool = False) -> Chunks:
+        """Chunks of at most so many tokens or queries; of a dynamic length always several."""
+        if self.dynamic:
+            longest = max(per_chunk * self.n // max(self.rows, 1), 1)
+            count = max(-(-self.n // longest), 2)
+            return Chunks(count, f"{per_chunk} {self.what} per chunk of a dynamic length", longest)
+        count = min(-(-self.rows // per_chunk), self.n)
+        if count <= 1:
+            return Chunks(1, f"its {self.rows} {self.what} fit into one chunk of {per_chunk}")
+        if asked:
+            return Chunks(count, f"{per_chunk} {self.what} per chunk as asked")
+        count = _even(self.n, count)
+        return Chunks(count, f"{self.rows // count} {self.what} per chunk")
 
 
 def _tokens_per_chunk(tokens: int, widest: int) -> int:
@@ -98,25 +133,6 @@ def _tokens_per_chunk(tokens: int, widest: int) -> int:
     fitting = int(WORKING_SET * tokens / max(widest, 1))
     per_chunk = max(min(fitting, MOST_TOKENS), FEWEST_TOKENS)
     return 1 << (per_chunk.bit_length() - 1)
-
-
-def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
-    """Chunks of queries for attention that is written out: as asked, or where ``"auto"`` by its widest scores."""
-    if not isinstance(region.n, int) or dynamic_lengths(region):
-        return _choose_dynamic_queries(region, chunk_tokens)
-    n = region.n
-    if isinstance(chunk_tokens, int):
-        count = min(-(-n // chunk_tokens), n)
-        return Chunks(count, f"{chunk_tokens} queries per chunk as asked" if count > 1 else f"{n} queries fit into one")
-    total = intermediate_bytes(region)
-    widest = max(nbytes(x) for x in region.nodes)
-    if total < WORTH or widest <= SCORES:
-        return Chunks(1, f"{n} queries with {total / 2**20:.0f} MiB of scores and weights: chunks would not pay")
-    per_chunk = max(n * SCORES // widest, FEWEST_QUERIES)
-    if per_chunk >= n:
-        return Chunks(1, f"its {n} queries fit into one chunk")
-    count = _even(n, -(-n // per_chunk))
-    return Chunks(count, f"{n // count} queries per chunk")
 
 
 def drafted(region: Region) -> Chunks:
@@ -131,21 +147,3 @@ def _even(n: int, count: int) -> int:
         if n % more == 0:
             return more
     return count
-
-
-def _choose_dynamic(region: Region, chunk_tokens: int | str) -> Chunks:
-    """Chunks of a dynamic length: planned for the example, or for ``PLANNED_TOKENS`` where that is shorter.
-
-    One graph serves all lengths, and the length at hand may well be the shortest.
-    """
-    try:
-        n, tokens = hint_n(region), tokens_of(region)
-    except UnknownSize as problem:
-        return Chunks(1, str(problem))
-    scale = max(PLANNED_TOKENS / max(tokens, 1), 1.0)
-    widest = max((nbytes(x) for x in region.nodes), default=0)
-    per_chunk = chunk_tokens if isinstance(chunk_tokens, int) else _tokens_per_chunk(tokens, widest)
-    if chunk_tokens == "auto" and intermediate_bytes(region) * scale < WORTH:
-        return Chunks(1, f"{PLANNED_TOKENS} tokens would have too few intermediates: chunks would not pay")
-    longest = max(per_chunk * n // max(tokens, 1), 1)
-    return Chunks(max(-(-n // longest), 2), f"{per_chunk} tokens per chunk of a dynamic length", longest)

@@ -47,9 +47,7 @@ def _call(call: Call, old: int, new: int, programs: dict[str, Program]) -> Call:
 def _program(p: Program, old: int, new: int) -> Program:
     """A program over another number of tokens, in chunks of about the same length."""
     n = p.n * new // old
-    traced = max(length for _, length in p.chunks)
-    count = max(round(n / traced), 1)
-    longest = -(-n // count)
+    count = max(round(n / p.costs.length), 1)
     return replace(
         p,
         key=f"{p.key} {n}",
@@ -57,16 +55,15 @@ def _program(p: Program, old: int, new: int) -> Program:
         count=count,
         tokens=tuple(_value(v, n) for v in p.tokens),
         outputs=tuple(_value(v, n) for v in p.outputs),
-        measure=partial(_scaled, p, longest, traced),
+        measure=partial(_scaled, p, -(-n // count)),
     )
 
 
-def _scaled(p: Program, longest: int, traced: int) -> BodyCosts:
-    flops, live = p.costs.flops, p.costs.live
-    return BodyCosts(
-        (flops[0] * longest / traced, flops[1] * longest / traced),
-        (live[0] * longest // traced, live[1] * longest // traced),
-    )
+def _scaled(p: Program, length: int) -> BodyCosts:
+    """What a chunk of another length costs: FLOPs and bytes follow the tokens."""
+    ratio = length / p.costs.length
+    (forward, backward), (a, b) = p.costs.flops, p.costs.live
+    return BodyCosts(length, (forward * ratio, backward * ratio), (int(a * ratio), int(b * ratio)))
 
 
 def _value(v: Value, n: int) -> Value:

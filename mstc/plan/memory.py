@@ -42,9 +42,9 @@ class Timeline:
         return max(self.points, key=lambda p: p.total)
 
 
-def predict(gm: fx.GraphModule, training: bool = True) -> Timeline:
-    """The memory of a step of this graph (in normal form, with its loops)."""
-    return simulate(read_step(gm, training))
+def predict(gm: fx.GraphModule, training: bool = True, fused: bool = True) -> Timeline:
+    """The memory of a step of this graph (in normal form, with its loops); ``fused`` as in `read_step`."""
+    return simulate(read_step(gm, training, fused))
 
 
 def simulate(step: Step, part: bool = False) -> Timeline:

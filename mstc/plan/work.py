@@ -26,10 +26,9 @@ class LoopCost:
 
 def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
     """The costs of a loop program, or of the same in ``count`` chunks, read off its bodies and `mstc.ops.loop`."""
-    traced = max(n for _, n in p.chunks)
     count = p.count if count is None else count
     length = -(-p.n // count)
-    live = [x * length // traced for x in p.costs.live]
+    live = [x * length // p.costs.length for x in p.costs.live]
     pieces = sum(_copied(v, length) for v in p.tokens)
     results = sum(_chunk_bytes(v, length) for v in p.outputs) + sum(_bytes(v) for v in p.sums)
     held = results if count > 1 else 0  # the chunk before is dropped after the next has run
@@ -62,7 +61,7 @@ def _moved(p: Program, count: int) -> tuple[float, float]:
     """Bytes read and written: whole inputs once per chunk, tokens once, intermediates written and read."""
     weights = float(sum(_bytes(v) for v in p.shared)) * count
     tokens = float(sum(_bytes(v) for v in (*p.tokens, *p.outputs)))
-    inside = [2.0 * x * p.count for x in p.costs.live]
+    inside = [2.0 * x * p.n / p.costs.length for x in p.costs.live]
     return weights + tokens + inside[0], 3 * weights + 2 * tokens + inside[1]
 
 

@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mstc.cli.main import main
+from mstc.dump import files
+from mstc.dump.model import FORMAT
 
 SOURCE = """
 import torch
@@ -75,7 +77,7 @@ def test_summary_and_files(file: Path, tmp_path: Path) -> None:
 
 def test_json(file: Path) -> None:
     data = json.loads(run(f"{file}:build", "--json").stdout)
-    assert data["format"] == 1 and data["graphs"][0]["blocks"]
+    assert data["format"] == FORMAT and data["graphs"][0]["blocks"]
     assert json.loads(run(f"{file}:empty", "--json").stdout)["graphs"] == []
 
 
@@ -134,3 +136,39 @@ def test_a_file_that_does_not_load(tmp_path: Path) -> None:
     path.write_text("def f(:", encoding="utf-8")
     result = run(f"{path}:f")
     assert result.exit_code == 2 and "raised SyntaxError" in result.stderr and result.stderr.count("\n") == 1
+
+
+MEASURED = """
+import torch
+
+def build():
+    x, weight = torch.randn(4096, 16), torch.randn(8192, 16, requires_grad=True)
+    labels = torch.randint(8192, (4096,))
+    return (lambda x: torch.nn.functional.cross_entropy(x @ weight.t(), labels)), x
+
+"""
+
+
+def test_measured_beside_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "head.py"
+    path.write_text(MEASURED, encoding="utf-8")
+    options = '{"lower": "aot_eager", "lm_head": {"chunk_tokens": 256}}'
+    result = run(f"{path}:build", "--options", options, "--measure", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "measured peak of one step above rest" in result.stdout
+    found = files.read(tmp_path / "out")
+    eager, rewritten = found.measured
+    assert (eager.system, rewritten.system) == ("eager", "mstc")
+    logits = 4 * 4096 * 8192
+    assert eager.peak > 1.9 * logits and rewritten.peak < 0.4 * logits
+    assert max(used for _, used in eager.samples) <= eager.peak * 1.05
+    (graph,) = found.graphs
+    rest = graph.after.parameters[0]
+    assert eager.peak == pytest.approx(graph.before.peak - rest, rel=0.25)
+
+
+def test_what_cannot_be_measured(tmp_path: Path) -> None:
+    path = tmp_path / "head.py"
+    path.write_text(MEASURED, encoding="utf-8")
+    refused = run(f"{path}:build", "--measure", "--device", "meta")
+    assert refused.exit_code == 2 and "meta device holds no numbers" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mstc.dump.diff import difference
-from mstc.dump.model import Dump
+from mstc.dump.model import Dump, Measured
 from testkit.dumps import OPTIONS, WHOLE, explain, explain_tiny
 from testkit.tiny import Tiny, inputs, mean_loss
 
@@ -98,12 +99,21 @@ def test_memory_about_and_theme(opened: Any, tiny_dump: Dump) -> None:
     assert page.locator("svg.plot").count() == 2 and page.locator("path.area").count() == 8
     page.hover("svg.plot >> nth=1")
     assert "parameters" in page.locator(".tip >> nth=1").inner_text()
+    assert "mstc dump --measure" in page.locator("section.page").inner_text()
     page.click("[data-tab=about]")
     assert "python explain.py" in page.locator(".command").inner_text()
     assert "chunk_tokens" in page.locator(".boxes").inner_text()
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+
+
+def test_measured_memory(opened: Any, tiny_dump: Dump) -> None:
+    eager = Measured("eager", "cpu", 3 << 20, ((0.0, 0), (0.1, 3 << 20)))
+    page = opened(replace(tiny_dump, measured=(eager, replace(eager, system="mstc", peak=1 << 20))))
+    page.click("[data-tab=memory]")
+    assert page.locator("path.line").count() == 2
+    assert "eager, cpu: peak 3.0 MiB above rest" in page.locator(".measured").inner_text()
 
 
 def test_keys_zoom_and_move(opened: Any, tiny_dump: Dump) -> None:

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mstc.dump.memory import predict
-from mstc.dump.model import Memory
 from testkit import hf_models
-from testkit.capture import normal_graph
+from testkit.capture import normal_module
 from testkit.dumps import explain, explain_tiny
 
 
@@ -17,35 +16,29 @@ def f32(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta").requires_grad_()
 
 
-def at(memory: Memory, step: int) -> tuple[int, int, int, int]:
-    return memory.parameters[step], memory.gradients[step], memory.saved[step], memory.temporary[step]
-
-
 def test_a_layer_and_its_activation_by_hand() -> None:
     def fn(x, w):  # type: ignore[no-untyped-def]
         return torch.ops.aten.sum.default(torch.ops.aten.silu.default(torch.ops.aten.linear.default(x, w)))
 
-    memory = predict(normal_graph(fn, f32(100, 8), f32(16, 8)), training=True)
+    gm = normal_module(fn, f32(100, 8), f32(16, 8))
+    memory = predict(gm, training=True, fused=False)
     inputs, hidden = 4 * (800 + 128), 4 * 1600
-    assert memory.steps == ("linear", "silu", "sum_1", "sum_1", "silu", "linear") and memory.backward == 3
-    assert at(memory, 0) == (inputs, 0, hidden, 0)  # silu keeps the product
-    assert at(memory, 1) == (inputs, 0, hidden, hidden)
-    assert at(memory, 2) == (inputs, 0, hidden, hidden + 4)
-    # The gradient of silu's result appears, then that of the product, then those of both inputs.
-    assert at(memory, 3)[2:] == (hidden, hidden + 4)
-    assert at(memory, 4)[2:] == (hidden, 2 * hidden + 4)
-    assert at(memory, 5) == (inputs, inputs, 0, hidden + 4)
-    assert memory.peak == inputs + 3 * hidden + 4
+    assert memory.steps == ("linear", "silu", "sum", "sum", "silu", "linear") and memory.backward == 3
+    assert memory.parameters == (inputs,) * 6 and memory.gradients == (0,) * 5 + (inputs,)
+    assert memory.saved == (hidden,) * 5 + (0,)  # silu keeps the product
+    # silu's result, the sum; then its gradient, that of silu's result, that of the product.
+    assert memory.temporary == (0, hidden, hidden + 4, 4 + 4 + hidden, 4 + 2 * hidden, 4 + hidden)
+    assert predict(gm, training=True, fused=True).peak <= memory.peak
 
 
-def test_views_own_nothing_and_dead_values_go() -> None:
+def test_inference_keeps_nothing() -> None:
     def fn(x):  # type: ignore[no-untyped-def]
         y = torch.ops.aten.neg.default(torch.ops.aten.view.default(x, [-1]))
         return torch.ops.aten.sum.default(torch.ops.aten.neg.default(torch.ops.aten.view.default(y, [10, 10])))
 
-    memory = predict(normal_graph(fn, torch.empty(100, device="meta")), training=False)
-    assert memory.temporary == (0, 400, 400, 800, 404) and memory.saved == (0,) * 5
-    assert memory.backward == len(memory.steps) == 5
+    memory = predict(normal_module(fn, torch.empty(100, device="meta")), training=False, fused=False)
+    assert memory.steps == ("neg", "neg", "sum") and memory.backward == 3
+    assert memory.temporary == (400, 800, 404) and memory.saved == memory.gradients == (0,) * 3
 
 
 def test_all_is_released_at_the_end() -> None:

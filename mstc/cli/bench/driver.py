@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 from mstc.cli.bench.job import Event, Job, Result
 from mstc.errors import MstcError
 
-__all__ = ["Caches", "WorkerError", "run_job"]
+__all__ = ["Caches", "WorkerError", "run_job", "worker_environment"]
 
 _MMAP_THRESHOLD = "1048576"  # bytes; larger blocks go back to the system when they are freed
 
@@ -36,7 +36,7 @@ def run_job(job: Job, on_step: Callable[[Event], None] = lambda event: None, *, 
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryDirectory() as cache:
         receive, send = os.pipe()
         command = [sys.executable, "-m", "mstc.cli.bench.worker", job.to_json(), str(send)]
-        environment = _environment(caches, cache)
+        environment = worker_environment(caches, cache)
         with os.fdopen(receive, encoding="utf-8") as lines:
             try:
                 process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, pass_fds=[send])
@@ -63,7 +63,8 @@ def _listen(lines: IO[str], on_step: Callable[[Event], None]) -> Result | None:
     return None
 
 
-def _environment(caches: Caches, folder: str) -> dict[str, str]:
+def worker_environment(caches: Caches, folder: str) -> dict[str, str]:
+    """The environment of a measured process."""
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": _MMAP_THRESHOLD,

@@ -9,8 +9,8 @@ M.memoryTab = (app) => {
   const most = Math.max(M.peak(g.before), M.peak(g.after));
   const plots = M.h("div.halves.both", {}, plot("As written, eager", g.before, most), plot("Rewritten", g.after, most));
   const keys = M.h("div.legend", {}, KINDS.map((k) => M.h("span", {}, M.h("i", { class: `area ${k}` }), KIND_WORDS[k])));
-  return { root: M.h("section.page.wide", { role: "tabpanel" }, M.h("h2", {}, "Memory over one step"), keys, plots, table(g),
-    M.h("p.muted", {}, "Predicted from the graphs by how long each value lives. Fusion, an operator's own scratch memory and the allocator are left out, so read the two against each other.")) };
+  return { root: M.h("section.page.wide", { role: "tabpanel" }, M.h("h2", {}, "Memory over one step"), keys, plots, table(g), measured(app.dump.measured),
+    M.h("p.muted", {}, "Predicted by how long each value lives and what loops and attention need besides; the allocator's own losses are left out. Rewritten: as compiled, where cheap values are made again in the backward rather than kept.")) };
 };
 
 function plot(title, memory, most) {
@@ -50,6 +50,26 @@ function plot(title, memory, most) {
       KINDS.map((k) => M.h("span", {}, M.h("i", { class: `area ${k}` }), `${k} ${M.bytes(memory[k][i])}`)));
   }).on("pointerleave", () => { tip.hidden = true; cursor.attr("visibility", "hidden"); });
   return M.h("figure.half", {}, M.h("figcaption", {}, M.h("b", {}, title), ` peak ${M.bytes(M.peak(memory))}`), svg.node(), tip);
+}
+
+// Steps that ran: bytes above rest over time, one line for each system.
+function measured(steps) {
+  if (!steps.length) return M.h("p.muted", {}, "Nothing was run: ", M.h("code", {}, "mstc dump --measure"), " runs a step of eager and of mstc and draws its memory here.");
+  const [w, h, left, bottom, top] = [1300, 300, 64, 26, 14];
+  const most = d3.max(steps, (m) => Math.max(m.peak, d3.max(m.samples, (s) => s[1]) || 0)) || 1;
+  const longest = d3.max(steps, (m) => d3.max(m.samples, (s) => s[0]) || 0) || 1;
+  const x = d3.scaleLinear([0, longest], [left, w - 8]);
+  const y = d3.scaleLinear([0, most * 1.04], [h - bottom, top]);
+  const svg = d3.create("svg").attr("viewBox", `0 0 ${w} ${h}`).attr("class", "plot").attr("role", "img").attr("aria-label", `Measured: ${steps.map((m) => `${m.system} ${M.bytes(m.peak)}`).join(", ")}`);
+  const ticks = svg.append("g").attr("class", "axis");
+  for (const v of binaryTicks(most)) {
+    ticks.append("line").attr("x1", left).attr("x2", w - 8).attr("y1", y(v)).attr("y2", y(v));
+    ticks.append("text").attr("x", left - 6).attr("y", y(v) + 4).attr("text-anchor", "end").text(M.bytes(v));
+  }
+  for (const s of x.ticks(8)) ticks.append("text").attr("x", x(s)).attr("y", h - 8).attr("text-anchor", "middle").text(`${s} s`);
+  for (const m of steps) svg.append("path").attr("class", `line ${m.system}`).attr("d", d3.line((s) => x(s[0]), (s) => y(Math.max(s[1], 0)))(m.samples));
+  const keys = M.h("div.legend", {}, steps.map((m) => M.h("span", {}, M.h("i", { class: `line ${m.system}` }), `${m.system}, ${m.device}: peak ${M.bytes(m.peak)} above rest`)));
+  return M.h("div.measured", {}, M.h("h3", {}, "Measured"), keys, M.h("figure", {}, svg.node()));
 }
 
 function binaryTicks(most) {

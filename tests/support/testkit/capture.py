@@ -25,13 +25,18 @@ class _Function(nn.Module):
 
 def normal_graph(fn: Callable[..., Any], *inputs: Tensor) -> fx.Graph:
     """The graph of ``fn`` in normal form; ``fn`` returns a tensor or a tuple of tensors."""
+    return normal_module(fn, *inputs).graph
+
+
+def normal_module(fn: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The same as a module."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxies = [fx.Proxy(graph.placeholder(f"x{i}"), tracer) for i in range(len(inputs))]
     out = fn(*proxies)
     values = out if isinstance(out, tuple) else (out,)
     graph.output(tuple(v.node for v in values))
-    return normalize(fx.GraphModule(nn.Module(), graph), list(inputs)).gm.graph
+    return normalize(fx.GraphModule(nn.Module(), graph), list(inputs)).gm
 
 
 def regions_of(fn: Callable[..., Any], *inputs: Tensor) -> tuple[fx.Graph, Axes, list[Region]]:

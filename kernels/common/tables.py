@@ -15,7 +15,7 @@ from torch import Tensor
 from mstc.kernels.common.checks import check_offsets
 from mstc.kernels.common.segments import CHUNK, SEGMENT
 
-__all__ = ["ChunkTable", "chunk_table"]
+__all__ = ["ChunkTable", "chunk_table", "sequence_rows"]
 
 
 class ChunkTable(NamedTuple):
@@ -53,3 +53,9 @@ def chunk_table(batch: int, tokens: int, cu_seqlens: Tensor | None, device: torc
     first = torch.tensor(counts, device=device).cumsum(0)
     slot = torch.tensor(slots, device=device).cumsum(0)[:-1]
     return ChunkTable(table[:, 0].contiguous(), table[:, 1].contiguous(), first, slot)
+
+
+def sequence_rows(table: ChunkTable, cu_seqlens: Tensor | None) -> Tensor:
+    """The row of the batch in which each sequence lies."""
+    rows = torch.arange(table.sequences, device=table.slots.device)
+    return rows if cu_seqlens is None else torch.zeros_like(rows)

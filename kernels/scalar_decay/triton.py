@@ -16,49 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mstc.kernels.common.outputs import empty_outputs
-from mstc.kernels.common.segments import CHUNK
-from mstc.kernels.common.tables import ChunkTable, chunk_table
+from mstc.kernels.common.tables import ChunkTable, chunk_table, sequence_rows
+from mstc.kernels.common.triton_blocks import load_rows, load_state, pick_tiles, store_rows, store_state
 
 __all__ = ["WARPS", "backward", "forward", "gradients_kernel", "output_kernel", "states_kernel"]
 
 WARPS = {"states": 8, "output": 8, "gradients": 8}
 """Warps per program: with 4, every kernel spills registers at K = V = 128 (``mstc.kernels.aot`` prints them)."""
-
-
-@triton.jit
-def load_rows(p_x, i_h, start, stop, i_w, H: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
-    """Rows start .. stop of [tokens, H, W], columns of block i_w: [BT, BW], zero outside."""
-    o_t = start + tl.arange(0, BT)
-    o_w = i_w * BW + tl.arange(0, BW)
-    mask = (o_t[:, None] < stop) & (o_w[None, :] < W)
-    return tl.load(p_x + (o_t[:, None] * H + i_h) * W + o_w[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(p_x, b_x, i_h, start, stop, i_w, H: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
-    """The inverse of ``load_rows``."""
-    o_t = start + tl.arange(0, BT)
-    o_w = i_w * BW + tl.arange(0, BW)
-    mask = (o_t[:, None] < stop) & (o_w[None, :] < W)
-    tl.store(p_x + (o_t[:, None] * H + i_h) * W + o_w[None, :], b_x.to(p_x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_state(p_h, i_s, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Block (i_k, i_v) of state i_s of [states, K, V]."""
-    o_k = i_k * BK + tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
-    mask = (o_k[:, None] < K) & (o_v[None, :] < V)
-    return tl.load(p_h + (i_s * K + o_k[:, None]) * V + o_v[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_state(p_h, b_h, i_s, i_k, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """The inverse of ``load_state``."""
-    o_k = i_k * BK + tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
-    mask = (o_k[:, None] < K) & (o_v[None, :] < V)
-    tl.store(p_h + (i_s * K + o_k[:, None]) * V + o_v[None, :], b_h.to(p_h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -253,13 +217,6 @@ def gradients_kernel(
         tl.store(p_dg + (start + o_t) * H + i_h, b_dg.to(p_dg.dtype.element_ty), mask=mask)
 
 
-def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
-    """Tile sizes: powers of two from 16, at most 64 (32 for 4-byte inputs, which take twice the shared memory)."""
-    largest = 64 if q.element_size() <= 2 else 32
-    key, value = (min(largest, max(16, triton.next_power_of_2(x.shape[-1]))) for x in (q, v))
-    return {"K": q.shape[-1], "V": v.shape[-1], "BT": CHUNK, "BK": key, "BV": value}
-
-
 def _states(
     x: Tensor,
     y: Tensor,
@@ -311,11 +268,11 @@ def forward(
     decay = None if decay is None else decay.contiguous()
     initial_state = None if initial_state is None else initial_state.contiguous()
     table = chunk_table(q.shape[0], q.shape[1], cu_seqlens, q.device)
-    tiles = _tiles(q, v)
+    tiles = pick_tiles(q, v)
     states, final = _states(k, v, decay, initial_state, table, 1.0, tiles, False)
     kept.zero_()
     if initial_state is not None:
-        kept[table.slots, _rows(table, cu_seqlens)] = initial_state.to(kept.dtype)
+        kept[table.slots, sequence_rows(table, cu_seqlens)] = initial_state.to(kept.dtype)
     grid = (table.chunks, triton.cdiv(tiles["V"], tiles["BV"]), q.shape[2])
     gate = q if decay is None else decay
     output_kernel[grid](
@@ -336,12 +293,6 @@ def forward(
     return out, final, kept
 
 
-def _rows(table: ChunkTable, cu_seqlens: Tensor | None) -> Tensor:
-    """The row of the batch in which each sequence lies."""
-    rows = torch.arange(table.sequences, device=table.slots.device)
-    return rows if cu_seqlens is None else torch.zeros_like(rows)
-
-
 def backward(
     grad_out: Tensor,
     grad_final: Tensor | None,
@@ -357,8 +308,8 @@ def backward(
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), grad_out.contiguous()
     decay = None if decay is None else decay.contiguous()
     table = chunk_table(q.shape[0], q.shape[1], cu_seqlens, q.device)
-    tiles = _tiles(q, v)
-    initial = kept[table.slots, _rows(table, cu_seqlens)]
+    tiles = pick_tiles(q, v)
+    initial = kept[table.slots, sequence_rows(table, cu_seqlens)]
     states, _ = _states(k, v, decay, initial, table, 1.0, tiles, False)
     last = None if grad_final is None else grad_final.contiguous()
     grad_states, grad_initial = _states(q, do, decay, last, table, scale, tiles, True)

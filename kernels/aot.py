@@ -33,6 +33,9 @@ STEPS = {"bf16": 32, "fp32": 16}
 """Keys per step of softmax attention."""
 SCAN = {"D": 1024, "N": 16, "BD": 32, "BN": 16}
 GATE = ("g:fp32",)
+ALL_KEYS = {"bf16": {"BK": 128, "BV": 32, "BR": 32}, "fp32": {"BK": 128, "BV": 16, "BR": 16}}
+WIDEST = {"K": 256, "V": 256, "BK": 256, "BV": 16, "BR": 16}
+"""The delta rule walks the chunks with the whole of K, few columns of V and few rows at a time."""
 
 KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "scalar_decay/states": (("x", "y", *GATE, "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
@@ -40,6 +43,25 @@ KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "scalar_decay/output": (("q", "k", "v", *GATE, "h", "o", "i", "i", "f"), {}),
     "scalar_decay/gradients": (
         ("q", "k", "v", *GATE, "do", "h", "dh", "dq", "dk", "dv", "dg:fp32", "i", "i", "f"),
+        {},
+    ),
+    "delta_rule/lower": (("k", "b:fp32", *GATE, "l:fp32", "w:fp32", "i", "i"), {}),
+    "delta_rule/inverse": (("l:fp32", "x"), {"BC": 16}),
+    "delta_rule/apply": (("x", "y", "w:fp32", "o", "i", "i"), {"W": 128, "HAS_WEIGHT": True, "TURNED": False}),
+    "delta_rule/apply turned": (("x", "y", "w:fp32", "o", "i", "i"), {"W": 128, "HAS_WEIGHT": False, "TURNED": True}),
+    "delta_rule/states": (("k", "w", "y", *GATE, "s:fp32", "h", "u", "s:fp32", "i", "i", "i"), ALL_KEYS),
+    "delta_rule/states wide": (("k", "w", "y", *GATE, "s:fp32", "h", "u", "s:fp32", "i", "i", "i"), WIDEST),
+    "delta_rule/local": (("q", "k", *GATE, "do", "du", "i", "i", "f"), {}),
+    "delta_rule/adjoints": (
+        ("q", "k", "w", *GATE, "do", "du", "s:fp32", "dh", "s:fp32", "i", "i", "i", "f"),
+        ALL_KEYS,
+    ),
+    "delta_rule/adjoints wide": (
+        ("q", "k", "w", *GATE, "do", "du", "s:fp32", "dh", "s:fp32", "i", "i", "i", "f"),
+        WIDEST,
+    ),
+    "delta_rule/solve": (
+        ("k", "v", *GATE, "b:fp32", "u", "dr", "h", "dk", "dv", "dg:fp32", "db:fp32", "i", "i"),
         {},
     ),
     "sliding_window/forward": (("q", "k", "v", "o", "l:fp32", "i", "i", "i", "n", "n", "f"), WHOLE),
@@ -65,8 +87,8 @@ KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         SCAN,
     ),
 }
-"""Class and kernel -> (arguments in order, further constants). An argument is a pointer of the input's dtype, or
-of the dtype after the colon; i is a pointer to int64, n an integer, f a float."""
+"""Class and kernel -> (arguments in order, further constants, or those of each dtype). An argument is a pointer of the
+input's dtype, or of the dtype after the colon; i is a pointer to int64, n an integer, f a float."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,7 @@ def compile_all() -> Iterator[Row]:
 
 
 def compile_one(name: str, dtype: str, target: str) -> Row:
-    """Compile kernel ``name``, with decay and state: K = V = 128, or D = 1024 and N = 16."""
+    """Compile kernel ``name``, with decay and state: K = V = 128 (wide: 256), or D = 1024 and N = 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -110,7 +132,8 @@ def compile_one(name: str, dtype: str, target: str) -> Row:
         "HAS_G": True,
         "HAS_STATE": True,
         "BS": STEPS[dtype],
-        **constants,
+        "BW": TYPES[dtype],
+        **constants.get(dtype, constants),
     }
     constexprs = {n: given[n] for n in function.arg_names if n in given}
     plain = [n for n in function.arg_names if n not in given]

@@ -1,0 +1,161 @@
+"""The Triton kernels of the delta rule: in Triton's interpreter or on a GPU, and compiled for their targets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mstc.kernels.delta_rule.reference import reference
+
+pytest.importorskip("triton")
+
+NATIVE = torch.cuda.is_available()
+DEVICE = "cuda" if NATIVE else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+Compare = Callable[..., None]
+needs_a_way_to_run = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="needs TRITON_INTERPRET=1 or a GPU")
+slow = pytest.mark.slow
+QUICK = [(1, "token"), (65, "none"), (65, "extreme")]
+ALL = [(n, decay) for n in (1, 15, 63, 64, 65, 1000) for decay in ("none", "token", "extreme")]
+CASES = [*QUICK, *(pytest.param(*case, marks=slow) for case in ALL if case not in QUICK)]
+
+
+def test_in_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so the tests below run in a process of their own."""
+    if NATIVE or INTERPRETED:
+        pytest.skip("this process runs the kernels itself")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def delta_form(offsets: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernels as a differentiable form, on whatever device the tensors are."""
+    from mstc.kernels.delta_rule import triton as kernels
+
+    class Form(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, decay, beta, state):  # type: ignore[no-untyped-def]
+            out, final, kept = kernels.forward(q, k, v, decay, beta, state, offsets, q.shape[-1] ** -0.5)
+            ctx.save_for_backward(q, k, v, decay, beta, kept)
+            ctx.set_materialize_grads(False)
+            return out, final
+
+        @staticmethod
+        def backward(ctx, do, df):  # type: ignore[no-untyped-def]
+            q, k, v, decay, beta, kept = ctx.saved_tensors
+            dq, dk, dv, dg, dbeta, ds = kernels.backward(
+                do, df, q, k, v, decay, beta, kept, offsets, q.shape[-1] ** -0.5
+            )
+            return dq, dk, dv, None if decay is None else dg, dbeta, ds if ctx.needs_input_grad[5] else None
+
+    return lambda q, k, v, beta, initial_state=None, decay=None: Form.apply(q, k, v, decay, beta, initial_state)
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None = None, decay: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return reference(q, k, v, decay, beta, initial_state, q.shape[-1] ** -0.5)
+
+
+def packed(offsets: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The recurrence, document by document."""
+
+    def run(initial_state: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        outs, states = [], []
+        for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
+            state = initial_state[i : i + 1]
+            if start < stop:
+                o, state = exact(**{n: t[:, start:stop] for n, t in tensors.items()}, initial_state=state)
+                outs.append(o)
+            states.append(state)
+        return torch.cat(outs, 1), torch.cat(states)
+
+    return run
+
+
+def make(
+    length: int, decay: str, dtype: torch.dtype = torch.float32, batch: int = 1, key: int = 20, value: int = 33
+) -> dict[str, Tensor]:
+    """Inputs with H = 2; decay "extreme": log decays of 0, -0.1 and -20 mixed."""
+    heads = 2
+    q, k, v = (torch.randn(batch, length, heads, w) for w in (key, key, value))
+    inputs = {"q": q.to(dtype), "k": normalize(k, dim=-1).to(dtype), "v": v.to(dtype)}
+    inputs["beta"] = 2 * torch.rand(batch, length, heads)
+    inputs["initial_state"] = torch.randn(batch, heads, key, value)
+    if decay != "none":
+        mixed = torch.tensor([0.0, -20.0, -0.1])[torch.randint(3, (batch, length, heads))]
+        inputs["decay"] = mixed if decay == "extreme" else -torch.rand(batch, length, heads)
+    return {n: t.to(DEVICE) for n, t in inputs.items()}
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(("length", "decay"), CASES)
+def test_delta_rule(length: int, decay: str, compare: Compare) -> None:
+    compare(delta_form(), exact, make(length, decay))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("decay", ["none", "token"])
+def test_delta_rule_in_half_precision(decay: str, compare: Compare) -> None:
+    """float16: the interpreter multiplies bfloat16 as the integers that hold it, so that is for a GPU."""
+    compare(delta_form(), exact, make(65, decay, torch.bfloat16 if NATIVE else torch.float16))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(("key", "value"), [(1, 1), (100, 8), pytest.param(256, 256, marks=slow)])
+def test_delta_rule_widths(key: int, value: int, compare: Compare) -> None:
+    compare(delta_form(), exact, make(20, "token", key=key, value=value))
+
+
+@needs_a_way_to_run
+def test_delta_rule_of_packed_documents(compare: Compare) -> None:
+    offsets = torch.tensor([0, 5, 5, 70], device=DEVICE)
+    inputs = make(70, "token")
+    inputs["initial_state"] = torch.randn(3, *inputs["initial_state"].shape[1:], device=DEVICE)
+    compare(delta_form(offsets), packed(offsets), inputs)
+
+
+@needs_a_way_to_run
+def test_delta_rule_of_a_batch_without_states(compare: Compare) -> None:
+    """Two sequences, no initial state, and no gradient from the final state."""
+    inputs = make(17, "token", batch=2)
+    del inputs["initial_state"]
+    compare(lambda **i: delta_form()(**i)[:1], lambda **i: exact(**i)[:1], inputs)
+
+
+@pytest.mark.parametrize(("decay", "covered"), [("none", True), ("token", True), ("channel", False)])
+def test_which_form_runs_on_a_gpu(decay: str, covered: bool) -> None:
+    """A decay over K takes the chunked form."""
+    from mstc.kernels.common.dispatch import triton_form
+    from mstc.kernels.delta_rule import triton as kernels
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+        dtype = torch.float32
+
+    given = make(3, "token")
+    decays = {"none": None, "token": given["decay"], "channel": torch.zeros_like(given["q"])}
+    operands = [given["q"], given["k"], given["v"], decays[decay], given["beta"]]
+    found = triton_form(OnGpu(), "delta_rule", operands)  # type: ignore[arg-type]
+    assert found is (kernels if covered else None)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("name", ["inverse", "states wide", "adjoints", "solve"])
+def test_compiles_ahead_of_time(name: str) -> None:
+    from mstc.kernels.aot import compile_one
+
+    row = compile_one(f"delta_rule/{name}", "bf16", "sm_90")
+    assert row.fits, row
+    assert row.spills == 0, row

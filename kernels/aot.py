@@ -36,6 +36,8 @@ GATE = ("g:fp32",)
 ALL_KEYS = {"bf16": {"BK": 128, "BV": 32, "BR": 32}, "fp32": {"BK": 128, "BV": 16, "BR": 16}}
 WIDEST = {"K": 256, "V": 256, "BK": 256, "BV": 16, "BR": 16}
 """The delta rule walks the chunks with the whole of K, few columns of V and few rows at a time."""
+PAIRS = {"BC": 16, "BK": 16}
+"""Sub-chunks and columns of K of the pairs under a decay over K."""
 
 KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "scalar_decay/states": (("x", "y", *GATE, "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
@@ -62,6 +64,23 @@ KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "delta_rule/solve": (
         ("k", "v", *GATE, "b:fp32", "u", "dr", "h", "dk", "dv", "dg:fp32", "db:fp32", "i", "i"),
+        {},
+    ),
+    "vector_decay/states": (("x", "y", *GATE, "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": False}),
+    "vector_decay/states reverse": (("x", "y", *GATE, "s:fp32", "h", "s:fp32", "i", "i", "i", "f"), {"REVERSE": True}),
+    "vector_decay/output": (("q", "v", *GATE, "a", "h", "o", "i", "i", "f"), {}),
+    "vector_decay/values": (("k", *GATE, "do", "a", "dh", "dv", "i", "i"), {}),
+    "vector_decay/scores": (("do", "v", "da:fp32", "i", "i", "f"), {}),
+    "vector_decay/pairs": (("q", "k", *GATE, "u:fp32", "a", "i", "i", "f"), PAIRS),
+    "vector_decay/pair_gradients": (
+        ("q", "k", *GATE, "u:fp32", "da:fp32", "dq:fp32", "dk:fp32", "dg:fp32", "du:fp32", "i", "i"),
+        PAIRS,
+    ),
+    "vector_decay/gradients": (
+        (
+            *("q", "k", "v", *GATE, "do", "h", "dh", "dq:fp32", "dk:fp32", "dg:fp32"),
+            *("dq", "dk", "dg:fp32", "i", "i", "f"),
+        ),
         {},
     ),
     "sliding_window/forward": (("q", "k", "v", "o", "l:fp32", "i", "i", "i", "n", "n", "f"), WHOLE),
@@ -130,6 +149,7 @@ def compile_one(name: str, dtype: str, target: str) -> Row:
         "BK": TYPES[dtype],
         "BV": TYPES[dtype],
         "HAS_G": True,
+        "HAS_U": True,
         "HAS_STATE": True,
         "BS": STEPS[dtype],
         "BW": TYPES[dtype],

@@ -72,7 +72,7 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.triton_form(OnGpu(), "scalar_decay")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("vector_decay", torch.float32), ("scalar_decay", torch.float64)])
+@pytest.mark.parametrize(("name", "dtype"), [("dplr", torch.float32), ("scalar_decay", torch.float64)])
 def test_the_chunked_form_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     """What has no Triton kernel takes the chunked form."""
 

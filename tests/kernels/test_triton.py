@@ -106,6 +106,134 @@ def test_scalar_decay_of_packed_documents(compare: Compare) -> None:
     compare(lambda **i: scalar_form(**i, cu_seqlens=offsets), wanted, inputs)
 
 
+def vector_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    bonus: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels of the decay over K as a differentiable form."""
+    from mstc.kernels.vector_decay import triton as kernels
+
+    scale = q.shape[-1] ** -0.5
+
+    class Form(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, decay, bonus, state):  # type: ignore[no-untyped-def]
+            out, final, kept = kernels.forward(q, k, v, decay, bonus, state, cu_seqlens, scale)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(q, k, v, decay, bonus, kept)
+            return out, final
+
+        @staticmethod
+        def backward(ctx, do, df):  # type: ignore[no-untyped-def]
+            *operands, kept = ctx.saved_tensors
+            *grads, du, ds = kernels.backward(do, df, *operands, kept, cu_seqlens, scale)
+            return *grads, None if operands[4] is None else du, None if initial_state is None else ds
+
+    return Form.apply(q, k, v, decay, bonus, initial_state)  # type: ignore[no-any-return]
+
+
+def vector_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    bonus: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from mstc.kernels.vector_decay.reference import reference
+
+    return reference(q, k, v, decay, bonus, initial_state, q.shape[-1] ** -0.5)
+
+
+def make_vector(
+    length: int,
+    bonus: bool,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+    heads: int = 1,
+    key: int = 20,
+    value: int = 33,
+) -> dict[str, Tensor]:
+    """Log decays of 0, -0.1 and -20 mixed."""
+    inputs = {n: torch.randn(batch, length, heads, w).to(dtype) for n, w in (("q", key), ("k", key), ("v", value))}
+    inputs["decay"] = torch.tensor([0.0, -20.0, -0.1])[torch.randint(3, (batch, length, heads, key))]
+    if bonus:
+        inputs["bonus"] = torch.randn(heads, key)
+    inputs["initial_state"] = torch.randn(batch, heads, key, value)
+    return {n: t.to(DEVICE) for n, t in inputs.items()}
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("length", [1, 65, *(pytest.param(n, marks=pytest.mark.slow) for n in (15, 63, 64, 1000))])
+def test_vector_decay(length: int, bonus: bool, compare: Compare) -> None:
+    compare(vector_form, vector_exact, make_vector(length, bonus))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(
+    "level", [-0.01, pytest.param(-1.0, marks=pytest.mark.slow), pytest.param(-20.0, marks=pytest.mark.slow)]
+)
+def test_vector_decay_of_one_strength(level: float, compare: Compare) -> None:
+    """Where every decay is weak, all pairs of a chunk count; where all are strong, gradients of g are tiny."""
+    inputs = make_vector(64, True, key=16)
+    compare(vector_form, vector_exact, {**inputs, "decay": level * (0.5 + torch.rand_like(inputs["decay"]))})
+
+
+@needs_a_way_to_run
+def test_vector_decay_of_batches_without_states(compare: Compare) -> None:
+    inputs = make_vector(20, True, batch=2, heads=2, key=16)
+    del inputs["initial_state"]
+    compare(lambda **i: vector_form(**i)[:1], lambda **i: vector_exact(**i)[:1], inputs)
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("bonus", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_vector_decay_in_half_precision(bonus: bool, compare: Compare) -> None:
+    compare(vector_form, vector_exact, make_vector(33, bonus, torch.bfloat16 if NATIVE else torch.float16, key=16))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(1, 1), (40, 70), pytest.param(100, 8, marks=pytest.mark.slow), pytest.param(256, 256, marks=pytest.mark.slow)],
+)
+def test_vector_decay_widths(key: int, value: int, compare: Compare) -> None:
+    compare(vector_form, vector_exact, make_vector(18, True, key=key, value=value))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("bonus", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_vector_decay_of_packed_documents(bonus: bool, compare: Compare) -> None:
+    from mstc.kernels.api import linear_attention
+
+    offsets = torch.tensor([0, 5, 5, 71, 75], device=DEVICE)
+    inputs = make_vector(75, bonus, key=16)
+    inputs["initial_state"] = torch.randn(4, *inputs["initial_state"].shape[1:], device=DEVICE)
+    wanted = lambda **i: linear_attention(**i, output_final_state=True, cu_seqlens=offsets)  # noqa: E731
+    compare(lambda **i: vector_form(**i, cu_seqlens=offsets), wanted, inputs)
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("bonus", [False, True])
+def test_the_op_of_a_vector_decay_runs_the_kernels(
+    bonus: bool, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mstc.kernels.api import linear_attention
+    from mstc.kernels.common import recurrence
+    from mstc.kernels.vector_decay import triton as kernels
+
+    monkeypatch.setattr(recurrence, "triton_form", lambda q, name, operands: kernels)
+    monkeypatch.setattr(recurrence, "run_forward", None)
+    monkeypatch.setattr(recurrence, "run_backward", None)
+    compare(lambda **i: linear_attention(**i, output_final_state=True), vector_exact, make_vector(17, bonus, key=16))
+
+
 def window_form(window: int, sinks: int, offsets: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
     """The kernels of sliding-window attention as a differentiable form."""
     from mstc.kernels.sliding_window import triton as kernels
@@ -207,7 +335,17 @@ def test_selective_scan_of_packed_documents(compare: Compare) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("name", ["scalar_decay/gradients", "sliding_window/dkv", "selective_scan/gradients"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scalar_decay/gradients",
+        "vector_decay/pairs",
+        "vector_decay/pair_gradients",
+        "vector_decay/gradients",
+        "sliding_window/dkv",
+        "selective_scan/gradients",
+    ],
+)
 def test_compiles_ahead_of_time(name: str) -> None:
     from mstc.kernels.aot import compile_one
 

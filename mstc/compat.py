@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
+from torch._functorch.autograd_function import autograd_function_apply
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._inductor import config as inductor_config
@@ -45,6 +47,7 @@ __all__ = [
     "TorchDispatchMode",
     "Traced",
     "allocating_by",
+    "autograd_function_apply",
     "capture",
     "compile_name",
     "count_auto_chunkings",
@@ -70,6 +73,7 @@ __all__ = [
     "trace_functional",
     "tracing_to_file",
     "tree_leaves",
+    "vmap_step",
     "without_cudagraphs",
 ]
 
@@ -88,6 +92,12 @@ def is_grad_mode_switch(node: fx.Node) -> bool:
 def is_transform_switch(node: fx.Node) -> bool:
     """Parts of ``vmap``, ``grad`` and other function transforms, which stand as calls of their own in a graph."""
     return str(getattr(node.target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch"))
+
+
+def vmap_step(node: fx.Node) -> int | None:
+    """1 where Dynamo's graph switches ``vmap`` on, -1 where it is off again, 0 where it is prepared; else None."""
+    steps = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1, "lazy_load_decompositions": 0}
+    return steps.get(getattr(node.target, "__name__", "")) if is_transform_switch(node) else None
 
 
 def is_checkpoint(target: object) -> bool:
@@ -152,10 +162,14 @@ class _SourceKeepingInterpreter(fx.Interpreter):
     """
 
     def __init__(
-        self, gm: fx.GraphModule, autocast: compat_autocast.Switches, tags: Mapping[str, Any] | None = None
+        self,
+        gm: fx.GraphModule,
+        autocast: compat_autocast.Switches,
+        function: Callable[..., Any],
+        tags: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(gm)
-        self._autocast = autocast
+        self._autocast, self._function = autocast, function
         self._tags = dict(tags or {})
 
     def run_node(self, n: fx.Node) -> Any:
@@ -166,11 +180,13 @@ class _SourceKeepingInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if compat_autocast.is_switch(target):
             return self._autocast.call(target, args)
+        if target is autograd_function_apply:
+            return self._function(*args, **kwargs)
         if not is_checkpoint(target):
             return super().call_function(target, args, kwargs)
         body, *operands = args
         tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_block_ids)}
-        return _SourceKeepingInterpreter(body, self._autocast, tags).run(*operands)
+        return _SourceKeepingInterpreter(body, self._autocast, self._function, tags).run(*operands)
 
 
 class Traced:
@@ -182,12 +198,15 @@ class Traced:
         self.retyped = retyped
 
 
-def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> Traced:
+def trace_functional(
+    gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode, function: Callable[..., Any]
+) -> Traced:
     """Retrace a Dynamo graph into functional ATen ops, before autograd.
 
     ``export=True`` keeps linear, attention, norms and losses whole. New values of mutated
     inputs follow the graph's own outputs, in the order of ``Traced.mutated``. Autocast, where it is on
-    or the graph switches it on, is written out as casts.
+    or the graph switches it on, is written out as casts. ``function`` is called in place of
+    `autograd_function_apply`.
     """
     functional = compat_autocast.CastingMode()
     switches = compat_autocast.Switches()
@@ -203,7 +222,7 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
     def run(*args: Any) -> Any:
         with functional:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            out = _SourceKeepingInterpreter(gm, switches).run(*wrapped)
+            out = _SourceKeepingInterpreter(gm, switches, function).run(*wrapped)
             for i, value in enumerate(wrapped):
                 if not isinstance(value, FunctionalTensor):
                     continue
@@ -214,7 +233,9 @@ def trace_functional(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorM
             written = [unwrap(wrapped[i]) for i in mutated]
             return [*pytree.tree_map(unwrap, pytree.tree_leaves(out)), *written]
 
-    with contextlib.closing(switches), mode, fx.traceback.preserve_node_meta():
+    with contextlib.closing(switches), mode, fx.traceback.preserve_node_meta(), warnings.catch_warnings():
+        # It says that `mstc::function` stays whole, as it must.
+        warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     compat_autocast.drop_switches(traced.graph)
     return Traced(traced, mutated, retyped)

@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph import functions
 from mstc.graph.provenance import source_of
 
 aten = torch.ops.aten
@@ -51,12 +52,13 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
 
     Raises `NotNormalError` where it holds something that the retracing would lose.
     """
-    _refuse_unknown(gm)
+    folded = functions.fold_vmap(gm)
+    _refuse_unknown(folded)
     mode = compat.fake_mode_of(inputs)
-    placeholders = gm.graph.find_nodes(op="placeholder")
+    placeholders = folded.graph.find_nodes(op="placeholder")
     fakes = compat.fake_inputs(placeholders, inputs, mode)
     grad_mode = torch.is_grad_enabled()
-    traced = compat.trace_functional(gm, fakes, mode)
+    traced = compat.trace_functional(folded, fakes, mode, functions.call)
     if traced.retyped:
         name = placeholders[traced.retyped[0]].name
         raise NotNormalError(f"input {name} has its shape or strides changed in place", name)
@@ -80,7 +82,12 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
         for node in module.graph.nodes:
             if compat.is_transform_switch(node):
                 raise NotNormalError("the graph holds a function transform (vmap, grad)", node.name, source_of(node))
-            if isinstance(node.target, compat.HigherOrderOperator) and not compat.is_checkpoint(node.target):
+            if node.target is compat.autograd_function_apply:
+                reason = functions.why_not(node, module)
+                if reason is not None:
+                    told = f"the graph holds an autograd.Function that stays as it is: {reason}"
+                    raise NotNormalError(told, node.name, source_of(node))
+            elif isinstance(node.target, compat.HigherOrderOperator) and not compat.is_checkpoint(node.target):
                 raise NotNormalError(
                     f"the graph holds the higher-order op {node.target}, which has a graph of its own",
                     node.name,

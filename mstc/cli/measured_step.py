@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from mstc.cli.bench.driver import worker_environment
 from mstc.cli.bench.meter import MB, Timeline, meter_for
 from mstc.cli.target import Call, call_of, said
+from mstc.compat import tree_leaves
 from mstc.dump.model import Measured
 from mstc.errors import DumpError
 
@@ -60,7 +60,7 @@ def _measure(job: _Job) -> Measured:
     fn, args = call_of(job.target, job.seq, job.device)
     if job.system == "mstc":
         fn = torch.compile(fn, backend="mstc", options=job.options)
-    device = "cuda" if any(x.is_cuda for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)) else "cpu"
+    device = "cuda" if any(x.is_cuda for x in tree_leaves(args) if isinstance(x, torch.Tensor)) else "cpu"
     _step((fn, args))
     meter = meter_for(device)
     meter.reset()
@@ -76,7 +76,7 @@ def _measure(job: _Job) -> Measured:
 def _step(call: Call) -> None:
     """Forward and, where a result is a scalar with a gradient, backward; the gradients go again."""
     fn, args = call
-    results = [x for x in pytree.tree_leaves(fn(*args)) if isinstance(x, torch.Tensor)]
+    results = [x for x in tree_leaves(fn(*args)) if isinstance(x, torch.Tensor)]
     loss = next((x for x in results if x.numel() == 1 and x.requires_grad), None)
     if loss is None:
         return

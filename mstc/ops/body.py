@@ -108,15 +108,6 @@ class Value:
         with mode:
             return torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
 
-    def place(self, mode: compat.FakeTensorMode, n: int, length: int) -> torch.Tensor:
-        """A stand-in for the slice of the whole tensor that a chunk is."""
-        assert self.cut is not None
-        with mode:
-            whole = torch.empty_strided(
-                self.shape, dense_strides(self.shape, self.order), dtype=self.dtype, device=self.device
-            )
-            return self.cut.view(whole, n, 0, length)
-
 
 def dynamic_lengths(region: Region) -> tuple[sympy.Symbol, ...]:
     """The dynamic lengths that the region's sizes are made of."""
@@ -228,8 +219,7 @@ class BackwardBody:
     outputs and sums at ``grads``..., dynamic lengths...) -> flat list. In that list, ``token_grads[i]`` and
     ``shared_grads[j]`` are the positions of the gradients of token input i and shared input j, ``factors`` those of
     weight factors.
-    ``values``: positions of the forward's own results where they were asked for. ``writes``: positions of results that
-    are written into further inputs, the last, instead of being returned (`mstc.ops.into`).
+    ``values``: positions of the forward's own results where they were asked for.
     """
 
     gm: fx.GraphModule
@@ -241,7 +231,6 @@ class BackwardBody:
     shared_grads: dict[int, int]
     factors: tuple[Factors, ...]
     values: tuple[int, ...]
-    writes: tuple[int, ...] = ()
 
 
 class _Differentiating(fx.Interpreter):

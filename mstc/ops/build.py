@@ -30,7 +30,6 @@ from mstc.ops.body import (
 )
 from mstc.ops.class_sums import use_class_sums
 from mstc.ops.dynamic import DynamicBodies
-from mstc.ops.into import writable, writable_results, write_into
 from mstc.ops.pieces import balanced
 from mstc.ops.program import Backward, BodyCosts, Program
 
@@ -77,17 +76,13 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
 
 @dataclass(frozen=True)
 class _Traced:
-    """A forward body, its joint graph with the backward (where there is one), and the fakes of inputs and results.
-
-    writes: outputs that the forward body writes into its last inputs.
-    """
+    """A forward body, its joint graph with the backward (where there is one), and the fakes of inputs and results."""
 
     mode: compat.FakeTensorMode
     body: fx.GraphModule
     fakes: list[torch.Tensor]
     results: list[torch.Tensor]
     joint: BackwardBody | None
-    writes: tuple[int, ...] = ()
 
     def costs(self, length: int, fused: bool) -> BodyCosts:
         """FLOPs of forward and backward body for chunks of that length, and the most bytes that each has live."""
@@ -163,7 +158,7 @@ class _Builder:
         made = {}
         for length in self.static_lengths():
             lengths = {LENGTH: length}
-            made[length] = self._compile(_mode(), forward_body(self.region, lengths), lengths, (), self.recipe.fused)
+            made[length] = self._compile(_mode(), forward_body(self.region, lengths), lengths, ())
         first = next(iter(made.values()))
         program = self._program(
             key,
@@ -172,8 +167,7 @@ class _Builder:
             {length: b.backward for length, b in made.items() if b.backward is not None},
         )
         longest = next(iter(made))
-        measure = partial(first.traced.costs, longest, self.recipe.fused)
-        return replace(program, measure=measure, writes=first.traced.writes)
+        return replace(program, measure=partial(made[longest].traced.costs, longest, self.recipe.fused))
 
     def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
         """One symbolic body, which takes the lengths as inputs."""
@@ -205,45 +199,14 @@ class _Builder:
         body: fx.GraphModule,
         lengths: Mapping[sympy.Symbol, Any],
         inputs: Sequence[torch.SymInt],
-        into: bool = False,
     ) -> _Bodies:
-        """The bodies for these lengths; ``inputs`` are those that the body takes as inputs.
-
-        into: results are written into slices of the whole tensors.
-        """
+        """The bodies for these lengths; ``inputs`` are those that the body takes as inputs."""
         t = self._trace(mode, body, lengths, inputs)
-        grads = self._inputs(t) if t.joint is not None else []
-        if into:
-            t, grads = self._into(t, grads, lengths[LENGTH])
-        forward = None if self.recipe.loss and t.joint is not None else self.compiler(t.body, [*t.fakes, *inputs])
-        backward = self.compiler(t.joint.gm, [*grads, *inputs]) if t.joint is not None else None
-        return _Bodies(forward, backward, t)
-
-    def _into(self, t: _Traced, grads: list[torch.Tensor], length: int) -> tuple[_Traced, list[torch.Tensor]]:
-        """Bodies that take slices to write into as further inputs, and the inputs of the backward one."""
-
-        def places(values: Iterable[Value]) -> list[torch.Tensor]:
-            return [v.place(t.mode, int(self.region.n), length) for v in values]
-
-        writes = writable(self.outputs)
-        fakes = [*t.fakes, *places(self.outputs[i] for i in writes)]
-        body, joint = write_into(t.body, writes), t.joint
-        if joint is not None:
-            found = writable_results(joint, self.tokens, self.outputs)
-            joint = replace(joint, gm=write_into(joint.gm, list(found)), writes=tuple(found))
-            grads = [*grads, *places(found.values())]
-        return replace(t, body=body, joint=joint, fakes=fakes, writes=writes), grads
-
-    def _inputs(self, t: _Traced) -> list[torch.Tensor]:
-        """What the backward body takes."""
-        joint, n_tokens = t.joint, len(self.tokens)
-        assert joint is not None
-        return [
-            *(t.fakes[i] for i in joint.tokens),
-            *(t.fakes[n_tokens + j] for j in joint.shared),
-            *(t.results[i] for i in joint.kept),
-            *(t.results[i] for i in joint.grads),
-        ]
+        forward = None if self.recipe.loss and t.joint is not None else self.compiler(body, [*t.fakes, *inputs])
+        if t.joint is None:
+            return _Bodies(forward, None, t)
+        arguments = [*_inputs(t.joint, t.fakes, t.results, len(self.tokens)), *inputs]
+        return _Bodies(forward, self.compiler(t.joint.gm, arguments), t)
 
     def _trace(
         self,
@@ -331,6 +294,17 @@ def _pick(results: Sequence[Any], places: Mapping[int, int]) -> list[Any]:
     return [results[places[i]] if i in places else None for i in range(max(places, default=-1) + 1)]
 
 
+def _inputs(
+    traced: BackwardBody, fakes: Sequence[torch.Tensor], results: Sequence[torch.Tensor], n_tokens: int
+) -> list[Any]:
+    return [
+        *(fakes[i] for i in traced.tokens),
+        *(fakes[n_tokens + j] for j in traced.shared),
+        *(results[i] for i in traced.kept),
+        *(results[i] for i in traced.grads),
+    ]
+
+
 def _backward(traced: BackwardBody, run: dict[int, Callable[..., Any]]) -> Backward:
     return Backward(
         run,
@@ -342,5 +316,4 @@ def _backward(traced: BackwardBody, run: dict[int, Callable[..., Any]]) -> Backw
         traced.shared_grads,
         traced.factors,
         traced.values,
-        traced.writes,
     )

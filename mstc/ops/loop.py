@@ -12,7 +12,7 @@ values of the dynamic lengths that the program's sizes are made of: none where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,17 +52,9 @@ def _allocate(value: Value) -> torch.Tensor:
     return empty(value.shape, value.order, value.dtype, value.device)
 
 
-def _write(x: torch.Tensor, value: Value, n: int, start: int, length: int, piece: torch.Tensor | None) -> None:
-    """Store a chunk in its place; None: the body wrote it there itself."""
+def _write(x: torch.Tensor, value: Value, n: int, start: int, length: int, piece: torch.Tensor) -> None:
     assert value.cut is not None
-    if piece is not None:
-        value.cut.write(x, n, start, length, piece)
-
-
-def _slice(x: torch.Tensor, value: Value, n: int, start: int, length: int) -> torch.Tensor:
-    """The place of a chunk, for a body to write into."""
-    assert value.cut is not None
-    return value.cut.view(x, n, start, length)
+    value.cut.write(x, n, start, length, piece)
 
 
 class _Sums:
@@ -98,8 +90,7 @@ def _loop(tokens: Tensors, shared: Tensors, lengths: Lengths, key: str) -> list[
         sums = _Sums(p.sums)
         for start, length in p.chunks:
             pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, p.tokens, strict=True)]
-            places = [_slice(outputs[i], p.outputs[i], p.n, start, length) for i in p.writes]
-            results = p.forward[length](*pieces, *whole, *places)
+            results = p.forward[length](*pieces, *whole)
             for out, value, piece in zip(outputs, p.outputs, results, strict=False):
                 _write(out, value, p.n, start, length, piece)
             sums.add(results[len(outputs) :])
@@ -128,13 +119,11 @@ def _loop_backward(
         results_values = [*p.outputs, *p.sums]
         token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
         sums = Accumulators(p, b)
-        written = _written(p, b, token_grads, ())
         for start, length in reversed(p.chunks):
             pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, token_values, strict=True)]
             saved = [_read(k, p.outputs[i], p.n, start, length) for k, i in zip(kept, b.kept, strict=True)]
             incoming = [_incoming(grads[i], results_values[i], p.n, start, length) for i in b.grads]
-            places = [_slice(out, value, p.n, start, length) for out, value in written]
-            results = b.run[length](*pieces, *whole, *saved, *incoming, *places)
+            results = b.run[length](*pieces, *whole, *saved, *incoming)
             del pieces, saved, incoming
             for i, out in token_grads.items():
                 if i in b.token_grads:
@@ -144,15 +133,6 @@ def _loop_backward(
             sums.add(results)
             del results
         return [*token_grads.values(), *(sums.result(j) for j in _needing(p.shared_needs))]
-
-
-def _written(
-    p: Program, b: Backward, token_grads: Mapping[int, torch.Tensor], outputs: Tensors
-) -> list[tuple[torch.Tensor, Value]]:
-    """The whole tensors that the backward body writes slices of, in the order in which it takes these."""
-    whole = {b.token_grads[i]: (out, p.tokens[i]) for i, out in token_grads.items() if i in b.token_grads}
-    whole |= {at: (out, value) for at, out, value in zip(b.values, outputs, p.outputs, strict=False)}
-    return [whole[at] for at in b.writes]
 
 
 def _incoming(gradient: torch.Tensor | None, value: Value, n: int, start: int, length: int) -> torch.Tensor:
@@ -253,11 +233,9 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seeds: Tensors, lengths: Length
         token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
         sums, gradients = _Sums(p.sums), Accumulators(p, b)
         incoming = [_seed_of(p, i, seeds) for i in b.grads]
-        written = _written(p, b, token_grads, outputs)
         for start, length in p.chunks:
             pieces = [_read(t, v, p.n, start, length) for t, v in zip(token_inputs, token_values, strict=True)]
-            places = [_slice(out, value, p.n, start, length) for out, value in written]
-            results = b.run[length](*pieces, *whole, *incoming, *places)
+            results = b.run[length](*pieces, *whole, *incoming)
             values = [results[i] for i in b.values]
             for out, value, piece in zip(outputs, p.outputs, values, strict=False):
                 _write(out, value, p.n, start, length, piece)

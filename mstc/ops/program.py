@@ -33,7 +33,6 @@ class Backward:
     shared_grads: dict[int, int]
     factors: tuple[Factors, ...]
     values: tuple[int, ...] = ()
-    writes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class Program:
     lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
     chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call;
     examples: their values in the graph's example;
-    writes: outputs that forward bodies write into slices of the whole tensors, their last inputs;
     measure: counts what a chunk of the longest length costs; only plans, reports and FLOP counters ask.
     """
 
@@ -75,7 +73,6 @@ class Program:
     backward: Backward | None
     accumulate: str
     measure: Callable[[], BodyCosts] = BodyCosts
-    writes: tuple[int, ...] = ()
     lengths: tuple[sympy.Symbol, ...] = ()
     examples: tuple[int, ...] = ()
     longest: int = 0

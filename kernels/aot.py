@@ -35,7 +35,7 @@ SCAN = {"D": 1024, "N": 16, "BD": 32, "BN": 16}
 GATE = ("g:fp32",)
 ALL_KEYS = {"bf16": {"BK": 128, "BV": 32, "BR": 32}, "fp32": {"BK": 128, "BV": 16, "BR": 16}}
 WIDEST = {"K": 256, "V": 256, "BK": 256, "BV": 16, "BR": 16}
-"""The delta rule walks the chunks with the whole of K, few columns of V and few rows at a time."""
+"""The delta rule and dplr walk the chunks with the whole of K, few columns of V and few rows at a time."""
 PAIRS = {"BC": 16, "BK": 16}
 """Sub-chunks and columns of K of the pairs under a decay over K."""
 
@@ -83,6 +83,17 @@ KERNELS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "dplr/rows": (("q", "k", "a", "b", "g:fp32", "q", "k", "a", "b", "p:fp32", "i", "i", "f"), {}),
+    "dplr/walk": (
+        ("r", "y", "x", "z", "w", "p:fp32", "s:fp32", "h", "u", "s:fp32", "i", "i", "i"),
+        {d: {**sizes, "REVERSE": False} for d, sizes in ALL_KEYS.items()},
+    ),
+    "dplr/walk wide": (
+        ("r", "y", "x", "z", "w", "p:fp32", "s:fp32", "h", "u", "s:fp32", "i", "i", "i"),
+        {**WIDEST, "REVERSE": True},
+    ),
+    "dplr/mix": (("a", "y", "a", "y", "x", "h", "o", "i", "i"), {"TURNED": False}),
+    "dplr/mix turned": (("a", "y", "a", "y", "x", "h", "o", "i", "i"), {"TURNED": True}),
     "sliding_window/forward": (("q", "k", "v", "o", "l:fp32", "i", "i", "i", "n", "n", "f"), WHOLE),
     "sliding_window/dq": (("q", "k", "v", "do", "l:fp32", "s:fp32", "dq", "i", "i", "i", "n", "n", "f"), WHOLE),
     "sliding_window/dkv": (
@@ -150,6 +161,7 @@ def compile_one(name: str, dtype: str, target: str) -> Row:
         "BV": TYPES[dtype],
         "HAS_G": True,
         "HAS_U": True,
+        "HAS_LAST": True,
         "HAS_STATE": True,
         "BS": STEPS[dtype],
         "BW": TYPES[dtype],

@@ -18,14 +18,13 @@ __all__ = ["triton_form"]
 def triton_form(tensor: Tensor, name: str, operands: Sequence[Tensor | None] = ()) -> ModuleType | None:
     """The Triton module of class ``name`` for a tensor on a GPU; None for the chunked form.
 
-    float64, classes that have no Triton kernels yet (``docs/kernels.md`` names them), and operands that a module's
-    ``covers`` declines take the chunked form on a GPU too: it is made of matrix products, and runs on any device.
+    float64, and operands that a module's ``covers`` declines, take the chunked form on a GPU too: it is made of matrix
+    products, and runs on any device.
     """
-    module = f"mstc.kernels.{name}.triton"
-    if tensor.device.type != "cuda" or tensor.dtype == torch.float64 or find_spec(module) is None:
+    if tensor.device.type != "cuda" or tensor.dtype == torch.float64:
         return None
     if find_spec("triton") is None:
         raise fail("q", f"device {tensor.device} without Triton", "a CPU tensor, or `pip install triton`")
-    kernels = import_module(module)
+    kernels = import_module(f"mstc.kernels.{name}.triton")
     covers = getattr(kernels, "covers", None)
     return kernels if covers is None or covers(*operands) else None

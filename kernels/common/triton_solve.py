@@ -7,6 +7,8 @@ substitution, the rest follows by forward substitution over those blocks: no pow
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,12 +19,13 @@ from mstc.kernels.common.triton_blocks import load_rows, store_rows
 
 __all__ = [
     "WARPS",
-    "apply_inverse",
     "apply_kernel",
+    "apply_square",
     "inverse_kernel",
     "invert",
     "load_scalars",
     "load_square",
+    "scan_tiles",
     "store_square",
 ]
 
@@ -131,6 +134,13 @@ def apply_kernel(
     store_rows(p_o, tl.dot(b_x, b_y, input_precision="ieee"), i_h, start, stop, i_w, H, W, BT, BW)
 
 
+def scan_tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
+    """Tiles of the kernels that walk the chunks: the whole of K, so that U is known at once, few rows and columns."""
+    key, value = (triton.next_power_of_2(max(16, x.shape[-1])) for x in (q, v))
+    size = 32 if q.element_size() <= 2 and key <= 128 else 16
+    return {"K": q.shape[-1], "V": v.shape[-1], "BT": CHUNK, "BR": size, "BK": key, "BV": min(size, value)}
+
+
 def invert(lower: Tensor, like: Tensor) -> Tensor:
     """(I + L)^-1 for L [chunks, H, C, C] in float32, in the dtype of ``like``."""
     inverse = lower.new_empty(lower.shape, dtype=like.dtype)
@@ -138,16 +148,16 @@ def invert(lower: Tensor, like: Tensor) -> Tensor:
     return inverse
 
 
-def apply_inverse(
-    inverse: Tensor, y: Tensor, table: ChunkTable, weight: Tensor | None = None, turned: bool = False
+def apply_square(
+    square: Tensor, y: Tensor, table: ChunkTable, weight: Tensor | None = None, turned: bool = False
 ) -> Tensor:
-    """X (weight y), turned: X^T (weight y), per chunk; y [B, T, H, W] contiguous, of X's dtype, weight [B, T, H]."""
+    """X (weight y), turned: X^T (weight y), for X [chunks, H, C, C]; y [B, T, H, W] contiguous, weight [B, T, H]."""
     heads, width = y.shape[2:]
     out = y.new_empty(y.shape)
     columns = min(64 if y.element_size() <= 2 else 32, max(16, triton.next_power_of_2(width)))
     grid = (table.chunks, triton.cdiv(width, columns), heads)
     apply_kernel[grid](
-        inverse,
+        square,
         y,
         y if weight is None else weight,
         out,

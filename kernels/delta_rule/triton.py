@@ -14,8 +14,6 @@ its ``output_kernel`` and ``gradients_kernel`` run here too. What is left, per c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +25,12 @@ from mstc.kernels.common.tables import chunk_table, sequence_rows
 from mstc.kernels.common.triton_blocks import load_rows, load_state, pick_tiles, store_rows, store_state
 from mstc.kernels.common.triton_solve import WARPS as SOLVE_WARPS
 from mstc.kernels.common.triton_solve import (
-    apply_inverse,
     apply_kernel,
+    apply_square,
     inverse_kernel,
     invert,
     load_scalars,
+    scan_tiles,
     store_square,
 )
 from mstc.kernels.scalar_decay.triton import WARPS as SCALAR_WARPS
@@ -318,13 +317,6 @@ def covers(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor) 
     return decay is None or decay.dim() == beta.dim()
 
 
-def _scan_tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
-    """Tiles of the kernels that walk the chunks: the whole of K, so that U is known at once, and few columns."""
-    key, value = (triton.next_power_of_2(max(16, x.shape[-1])) for x in (q, v))
-    size = 32 if q.element_size() <= 2 and key <= 128 else 16
-    return {"K": q.shape[-1], "V": v.shape[-1], "BT": CHUNK, "BR": size, "BK": key, "BV": min(size, value)}
-
-
 class _Pass:
     """What forward and backward share: contiguous operands, the table of chunks, X, W and the states."""
 
@@ -337,7 +329,7 @@ class _Pass:
         self.table = chunk_table(q.shape[0], q.shape[1], cu_seqlens, q.device)
         self.slots = self.table.slots, sequence_rows(self.table, cu_seqlens)
         self.heads = q.shape[2]
-        self.tiles, self.scan_tiles = pick_tiles(q, v), _scan_tiles(q, v)
+        self.tiles, self.scan_tiles = pick_tiles(q, v), scan_tiles(q, v)
 
     def solve(self) -> None:
         """X, W and Y."""
@@ -360,8 +352,8 @@ class _Pass:
             num_stages=STAGES,
         )
         self.inverse = invert(lower, self.q)
-        self.w = apply_inverse(self.inverse, self.k, self.table, weight)
-        self.y = apply_inverse(self.inverse, self.v, self.table, self.beta)
+        self.w = apply_square(self.inverse, self.k, self.table, weight)
+        self.y = apply_square(self.inverse, self.v, self.table, self.beta)
 
     def scan(self, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(states [chunks, H, K, V] as each chunk finds them, U [B, T, H, V], the last ones [N, H, K, V])."""
@@ -518,7 +510,7 @@ def backward(
         **given,
         num_warps=SCALAR_WARPS["gradients"],
     )
-    dr = apply_inverse(run.inverse, du, run.table, turned=True)
+    dr = apply_square(run.inverse, du, run.table, turned=True)
     dbeta = torch.empty_like(run.beta)
     solve_kernel[grid](
         run.k,

@@ -221,8 +221,12 @@ def gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_U: tl.constexpr,
+    HAS_LAST: tl.constexpr = True,
 ):
-    """dq, dk and dg of one chunk and BK columns: what its pairs gave, and what S before it and E after it give."""
+    """dq, dk and dg of one chunk and BK columns: what its pairs gave, and what S before it and E after it give.
+
+    Without HAS_LAST dg leaves out the decay of S itself, for a caller with several left and right operands.
+    """
     i_c, i_k, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(p_starts + i_c), tl.load(p_stops + i_c)
     i_s = i_c * H + i_h
@@ -235,7 +239,9 @@ def gradients_kernel(
         b_dh = load_state(p_dh, i_s, i_k, i_v, K, V, BK, BV)
         b_dq += tl.dot(b_do, tl.trans(b_h), input_precision="ieee")
         b_inner += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-    b_dg = load_span(p_pair_dg, i_h, start, start, stop, i_k, H, K, BT, BK) + (b_inner * tl.exp(total))[None, :]
+    b_dg = load_span(p_pair_dg, i_h, start, start, stop, i_k, H, K, BT, BK)
+    if HAS_LAST:
+        b_dg += (b_inner * tl.exp(total))[None, :]
     b_dq *= scale * tl.exp(prefix_sums(p_g, i_h, start, stop, i_k, H, K, BT, BK, HAS_U))
     b_dg += later_sums(b_dq * load_rows(p_q, i_h, start, stop, i_k, H, K, BT, BK), BT, BK, HAS_U)
     b_dq += load_rows(p_pair_dq, i_h, start, stop, i_k, H, K, BT, BK)

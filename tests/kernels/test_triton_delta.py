@@ -1,4 +1,4 @@
-"""The Triton kernels of the delta rule: in Triton's interpreter or on a GPU, and compiled for their targets."""
+"""The Triton kernels of the delta rule and of diagonal plus low rank: interpreted or on a GPU, and compiled."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mstc.kernels.delta_rule.reference import reference
+from mstc.kernels.dplr.reference import reference as dplr_reference
 
 pytest.importorskip("triton")
 
@@ -68,8 +69,33 @@ def exact(
     return reference(q, k, v, decay, beta, initial_state, q.shape[-1] ** -0.5)
 
 
-def packed(offsets: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The recurrence, document by document."""
+def dplr_form(offsets: Tensor | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernels of diagonal plus low rank as a differentiable form."""
+    from mstc.kernels.dplr import triton as kernels
+
+    class Form(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, a, b, decay, state):  # type: ignore[no-untyped-def]
+            out, final, kept = kernels.forward(q, k, v, a, b, decay, state, offsets, q.shape[-1] ** -0.5)
+            ctx.save_for_backward(q, k, v, a, b, decay, kept)
+            ctx.set_materialize_grads(False)
+            return out, final
+
+        @staticmethod
+        def backward(ctx, do, df):  # type: ignore[no-untyped-def]
+            *operands, kept = ctx.saved_tensors
+            *grads, ds = kernels.backward(do, df, *operands, kept, offsets, operands[0].shape[-1] ** -0.5)
+            return *grads, ds if ctx.needs_input_grad[6] else None
+
+    return lambda q, k, v, a, b, decay, initial_state=None: Form.apply(q, k, v, a, b, decay, initial_state)
+
+
+def dplr_exact(initial_state: Tensor | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return dplr_reference(**tensors, initial_state=initial_state, scale=tensors["q"].shape[-1] ** -0.5)
+
+
+def packed(exact: Callable[..., tuple[Tensor, Tensor]], offsets: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A recurrence, document by document."""
 
     def run(initial_state: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         outs, states = [], []
@@ -99,6 +125,27 @@ def make(
     return {n: t.to(DEVICE) for n, t in inputs.items()}
 
 
+def make_dplr(
+    length: int,
+    extreme: bool = True,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+    heads: int = 1,
+    key: int = 16,
+    value: int = 17,
+) -> dict[str, Tensor]:
+    """Inputs as RWKV7 makes them; extreme: log decays of 0, -0.1 and -20 mixed."""
+    q, k, a = (torch.randn(batch, length, heads, key) for _ in range(3))
+    inputs = {"q": q, "k": normalize(k, dim=-1), "v": torch.randn(batch, length, heads, value)}
+    inputs["a"] = -normalize(a, dim=-1)
+    inputs["b"] = -inputs["a"] * torch.rand(batch, length, heads, key)
+    inputs = {n: t.to(dtype) for n, t in inputs.items()}
+    mixed = torch.tensor([0.0, -20.0, -0.1])[torch.randint(3, (batch, length, heads, key))]
+    inputs["decay"] = mixed if extreme else -torch.rand(batch, length, heads, key)
+    inputs["initial_state"] = torch.randn(batch, heads, key, value)
+    return {n: t.to(DEVICE) for n, t in inputs.items()}
+
+
 @needs_a_way_to_run
 @pytest.mark.parametrize(("length", "decay"), CASES)
 def test_delta_rule(length: int, decay: str, compare: Compare) -> None:
@@ -123,7 +170,7 @@ def test_delta_rule_of_packed_documents(compare: Compare) -> None:
     offsets = torch.tensor([0, 5, 5, 70], device=DEVICE)
     inputs = make(70, "token")
     inputs["initial_state"] = torch.randn(3, *inputs["initial_state"].shape[1:], device=DEVICE)
-    compare(delta_form(offsets), packed(offsets), inputs)
+    compare(delta_form(offsets), packed(exact, offsets), inputs)
 
 
 @needs_a_way_to_run
@@ -132,6 +179,43 @@ def test_delta_rule_of_a_batch_without_states(compare: Compare) -> None:
     inputs = make(17, "token", batch=2)
     del inputs["initial_state"]
     compare(lambda **i: delta_form()(**i)[:1], lambda **i: exact(**i)[:1], inputs)
+
+
+DPLR_CASES = [(1, True), (65, True), *(pytest.param(n, n != 63, marks=slow) for n in (15, 63, 64, 1000))]
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(("length", "extreme"), DPLR_CASES)
+def test_dplr(length: int, extreme: bool, compare: Compare) -> None:
+    compare(dplr_form(), dplr_exact, make_dplr(length, extreme))
+
+
+@needs_a_way_to_run
+def test_dplr_in_half_precision(compare: Compare) -> None:
+    compare(dplr_form(), dplr_exact, make_dplr(33, False, torch.bfloat16 if NATIVE else torch.float16))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize(
+    ("key", "value"), [(1, 1), (20, 33), pytest.param(100, 8, marks=slow), pytest.param(256, 256, marks=slow)]
+)
+def test_dplr_widths(key: int, value: int, compare: Compare) -> None:
+    compare(dplr_form(), dplr_exact, make_dplr(20, False, key=key, value=value))
+
+
+@needs_a_way_to_run
+def test_dplr_of_packed_documents(compare: Compare) -> None:
+    offsets = torch.tensor([0, 5, 5, 70], device=DEVICE)
+    inputs = make_dplr(70)
+    inputs["initial_state"] = torch.randn(3, *inputs["initial_state"].shape[1:], device=DEVICE)
+    compare(dplr_form(offsets), packed(dplr_exact, offsets), inputs)
+
+
+@needs_a_way_to_run
+def test_dplr_of_a_batch_without_states(compare: Compare) -> None:
+    inputs = make_dplr(3, False, batch=2, heads=2)
+    del inputs["initial_state"]
+    compare(lambda **i: dplr_form()(**i)[:1], lambda **i: dplr_exact(**i)[:1], inputs)
 
 
 @pytest.mark.parametrize(("decay", "covered"), [("none", True), ("token", True), ("channel", False)])
@@ -152,10 +236,13 @@ def test_which_form_runs_on_a_gpu(decay: str, covered: bool) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("name", ["inverse", "states wide", "adjoints", "solve"])
+@pytest.mark.parametrize(
+    "name",
+    ["delta_rule/inverse", "delta_rule/states wide", "delta_rule/adjoints", "delta_rule/solve", "dplr/walk wide"],
+)
 def test_compiles_ahead_of_time(name: str) -> None:
     from mstc.kernels.aot import compile_one
 
-    row = compile_one(f"delta_rule/{name}", "bf16", "sm_90")
+    row = compile_one(name, "bf16", "sm_90")
     assert row.fits, row
     assert row.spills == 0, row

@@ -72,7 +72,7 @@ class Recurrence:
     def _forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *operands, initial_state, cu_seqlens, scale, compiled = args
         q, _, v, *_ = operands
-        kernels = triton_form(q, self.name, operands)
+        kernels = triton_form(q, self.name)
         if kernels is not None:
             outputs: tuple[Tensor, Tensor, Tensor] = kernels.forward(*operands, initial_state, cu_seqlens, scale)
             return outputs
@@ -89,7 +89,7 @@ class Recurrence:
     def _backward(self, grad_out: Tensor, grad_final: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
         *operands, kept, cu_seqlens, scale, compiled = args
         q = operands[0]
-        kernels = triton_form(q, self.name, operands)
+        kernels = triton_form(q, self.name)
         if kernels is not None:
             found: tuple[Tensor, ...] = kernels.backward(grad_out, grad_final, *operands, kept, cu_seqlens, scale)
             return found

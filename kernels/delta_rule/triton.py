@@ -1,5 +1,7 @@
 """The delta rule with a decay per token and head on a GPU (the algebra is in ``chunked.py``).
 
+A decay over K is left to ``triton_channel.py``.
+
 Once U = Y - W S is known, outputs and the gradients of q, k, U and g are those of a scalar decay with the values U:
 its ``output_kernel`` and ``gradients_kernel`` run here too. What is left, per chunk unless it says otherwise:
 
@@ -33,6 +35,7 @@ from mstc.kernels.common.triton_solve import (
     scan_tiles,
     store_square,
 )
+from mstc.kernels.delta_rule import triton_channel
 from mstc.kernels.scalar_decay.triton import WARPS as SCALAR_WARPS
 from mstc.kernels.scalar_decay.triton import gradients_kernel, load_sums, output_kernel, pair_decays
 
@@ -42,7 +45,6 @@ __all__ = [
     "adjoints_kernel",
     "apply_kernel",
     "backward",
-    "covers",
     "forward",
     "inverse_kernel",
     "local_kernel",
@@ -312,11 +314,6 @@ def solve_kernel(
         tl.store(p_dg + at, b_dg.to(p_dg.dtype.element_ty), mask=mask)
 
 
-def covers(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor) -> bool:
-    """Whether these kernels take such operands: not with a decay over K."""
-    return decay is None or decay.dim() == beta.dim()
-
-
 class _Pass:
     """What forward and backward share: contiguous operands, the table of chunks, X, W and the states."""
 
@@ -444,6 +441,8 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final states, kept states); of the kept states only each sequence's first is filled."""
+    if decay is not None and decay.dim() == q.dim():
+        return triton_channel.forward(q, k, v, decay, beta, initial_state, cu_seqlens, scale)
     out, _, kept = empty_outputs(q, v, cu_seqlens)
     run = _Pass(q, k, v, decay, beta, cu_seqlens)
     run.solve()
@@ -483,6 +482,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, decay (empty without one), beta and the initial states."""
+    if decay is not None and decay.dim() == q.dim():
+        return triton_channel.backward(grad_out, grad_final, q, k, v, decay, beta, kept, cu_seqlens, scale)
     run = _Pass(q, k, v, decay, beta, cu_seqlens)
     run.solve()
     states, u, _ = run.scan(kept[run.slots])

@@ -228,7 +228,7 @@ def test_the_op_of_a_vector_decay_runs_the_kernels(
     from mstc.kernels.common import recurrence
     from mstc.kernels.vector_decay import triton as kernels
 
-    monkeypatch.setattr(recurrence, "triton_form", lambda q, name, operands: kernels)
+    monkeypatch.setattr(recurrence, "triton_form", lambda q, name: kernels)
     monkeypatch.setattr(recurrence, "run_forward", None)
     monkeypatch.setattr(recurrence, "run_backward", None)
     compare(lambda **i: linear_attention(**i, output_final_state=True), vector_exact, make_vector(17, bonus, key=16))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,8 @@ DEVICE = "cuda" if NATIVE else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 Compare = Callable[..., None]
 needs_a_way_to_run = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="needs TRITON_INTERPRET=1 or a GPU")
+HALF = torch.bfloat16 if NATIVE else torch.float16
+"""The interpreter multiplies bfloat16 as the integers that hold it, so that is for a GPU."""
 slow = pytest.mark.slow
 QUICK = [(1, "token"), (65, "none"), (65, "extreme")]
 ALL = [(n, decay) for n in (1, 15, 63, 64, 65, 1000) for decay in ("none", "token", "extreme")]
@@ -111,10 +114,15 @@ def packed(exact: Callable[..., tuple[Tensor, Tensor]], offsets: Tensor) -> Call
 
 
 def make(
-    length: int, decay: str, dtype: torch.dtype = torch.float32, batch: int = 1, key: int = 20, value: int = 33
+    length: int,
+    decay: str,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+    heads: int = 2,
+    key: int = 20,
+    value: int = 33,
 ) -> dict[str, Tensor]:
-    """Inputs with H = 2; decay "extreme": log decays of 0, -0.1 and -20 mixed."""
-    heads = 2
+    """Inputs; decay "extreme": log decays of 0, -0.1 and -20 mixed."""
     q, k, v = (torch.randn(batch, length, heads, w) for w in (key, key, value))
     inputs = {"q": q.to(dtype), "k": normalize(k, dim=-1).to(dtype), "v": v.to(dtype)}
     inputs["beta"] = 2 * torch.rand(batch, length, heads)
@@ -153,10 +161,9 @@ def test_delta_rule(length: int, decay: str, compare: Compare) -> None:
 
 
 @needs_a_way_to_run
-@pytest.mark.parametrize("decay", ["none", "token"])
+@pytest.mark.parametrize("decay", [pytest.param("none", marks=slow), "token"])
 def test_delta_rule_in_half_precision(decay: str, compare: Compare) -> None:
-    """float16: the interpreter multiplies bfloat16 as the integers that hold it, so that is for a GPU."""
-    compare(delta_form(), exact, make(65, decay, torch.bfloat16 if NATIVE else torch.float16))
+    compare(delta_form(), exact, make(65, decay, HALF))
 
 
 @needs_a_way_to_run
@@ -181,7 +188,7 @@ def test_delta_rule_of_a_batch_without_states(compare: Compare) -> None:
     compare(lambda **i: delta_form()(**i)[:1], lambda **i: exact(**i)[:1], inputs)
 
 
-DPLR_CASES = [(1, True), (65, True), *(pytest.param(n, n != 63, marks=slow) for n in (15, 63, 64, 1000))]
+DPLR_CASES = [(65, True), *(pytest.param(n, n != 63, marks=slow) for n in (1, 15, 63, 64, 1000))]
 
 
 @needs_a_way_to_run
@@ -192,13 +199,12 @@ def test_dplr(length: int, extreme: bool, compare: Compare) -> None:
 
 @needs_a_way_to_run
 def test_dplr_in_half_precision(compare: Compare) -> None:
-    compare(dplr_form(), dplr_exact, make_dplr(33, False, torch.bfloat16 if NATIVE else torch.float16))
+    compare(dplr_form(), dplr_exact, make_dplr(33, False, HALF, key=20, value=33))
 
 
 @needs_a_way_to_run
-@pytest.mark.parametrize(
-    ("key", "value"), [(1, 1), (20, 33), pytest.param(100, 8, marks=slow), pytest.param(256, 256, marks=slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value"), [(1, 1), (20, 33), (100, 8), (256, 256)])
 def test_dplr_widths(key: int, value: int, compare: Compare) -> None:
     compare(dplr_form(), dplr_exact, make_dplr(20, False, key=key, value=value))
 
@@ -218,21 +224,38 @@ def test_dplr_of_a_batch_without_states(compare: Compare) -> None:
     compare(lambda **i: dplr_form()(**i)[:1], lambda **i: dplr_exact(**i)[:1], inputs)
 
 
-@pytest.mark.parametrize(("decay", "covered"), [("none", True), ("token", True), ("channel", False)])
-def test_which_form_runs_on_a_gpu(decay: str, covered: bool) -> None:
-    """A decay over K takes the chunked form."""
-    from mstc.kernels.common.dispatch import triton_form
-    from mstc.kernels.delta_rule import triton as kernels
+def make_vector_delta(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs of the delta rule with a decay over K."""
+    inputs = make(length, "none", dtype, heads=1, key=16)
+    decay = torch.tensor([0.0, -20.0, -0.1])[torch.randint(3, inputs["q"].shape)]
+    return {**inputs, "decay": decay.to(DEVICE)}
 
-    class OnGpu:
-        device = torch.device("cuda", 0)
-        dtype = torch.float32
 
-    given = make(3, "token")
-    decays = {"none": None, "token": given["decay"], "channel": torch.zeros_like(given["q"])}
-    operands = [given["q"], given["k"], given["v"], decays[decay], given["beta"]]
-    found = triton_form(OnGpu(), "delta_rule", operands)  # type: ignore[arg-type]
-    assert found is (kernels if covered else None)
+@needs_a_way_to_run
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_delta_rule_with_a_decay_over_keys(dtype: torch.dtype, compare: Compare) -> None:
+    compare(delta_form(), exact, make_vector_delta(65, dtype))
+
+
+@needs_a_way_to_run
+@pytest.mark.parametrize("kind", ["delta", "gated delta", "vector delta", "dplr"])
+def test_the_ops_run_the_kernels(kind: str, compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decay over K in the delta rule too."""
+    from mstc.kernels.api import dplr_attention, linear_attention
+    from mstc.kernels.common import recurrence
+
+    monkeypatch.setattr(recurrence, "triton_form", lambda q, name: import_module(f"mstc.kernels.{name}.triton"))
+    monkeypatch.setattr(recurrence, "run_forward", None)
+    monkeypatch.setattr(recurrence, "run_backward", None)
+    inputs = {
+        "delta": lambda: make(5, "none", heads=1),
+        "gated delta": lambda: make(5, "token", heads=1),
+        "vector delta": lambda: make_vector_delta(20),
+        "dplr": lambda: make_dplr(5),
+    }[kind]()
+    form, wanted = (dplr_attention, dplr_exact) if kind == "dplr" else (linear_attention, exact)
+    compare(lambda **i: form(**i, output_final_state=True), wanted, inputs)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")

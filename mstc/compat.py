@@ -233,12 +233,29 @@ def trace_functional(
             written = [unwrap(wrapped[i]) for i in mutated]
             return [*pytree.tree_map(unwrap, pytree.tree_leaves(out)), *written]
 
-    with contextlib.closing(switches), mode, fx.traceback.preserve_node_meta(), warnings.catch_warnings():
+    with (
+        contextlib.closing(switches),
+        mode,
+        fx.traceback.preserve_node_meta(),
+        _writable_dropout(),
+        warnings.catch_warnings(),
+    ):
         # It says that `mstc::function` stays whole, as it must.
         warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     compat_autocast.drop_switches(traced.graph)
     return Traced(traced, mutated, retyped)
+
+
+@contextlib.contextmanager
+def _writable_dropout() -> Iterator[None]:
+    """``export=True`` freezes what dropout returns, so that writing to it raises; it is a tensor like any other."""
+    plain = torch._freeze_functional_tensor  # type: ignore[attr-defined]
+    torch._freeze_functional_tensor = lambda x: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._freeze_functional_tensor = plain  # type: ignore[attr-defined]
 
 
 class Captured:

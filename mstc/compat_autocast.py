@@ -135,6 +135,8 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.dropout.default and _drops_nothing(*args, **kwargs):
+            return args[0]  # as in eager, so that writing to the result writes to the input
         if not any_autocast() or not isinstance(func, OpOverload):
             return super().__torch_dispatch__(func, types, args, kwargs)
         devices = _devices(args, kwargs)
@@ -165,6 +167,10 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         with self:
             found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, widen, (args, kwargs))
         return found
+
+
+def _drops_nothing(x: torch.Tensor, p: float, train: bool) -> bool:
+    return p == 0 or not train
 
 
 def _devices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch._C.DispatchKey]:

@@ -178,3 +178,23 @@ def test_dropout_that_drops_nothing_is_gone() -> None:
 
     assert aten.dropout.default not in targets(captured(fn, x_of(3, 4)))
     assert aten.dropout.default in targets(captured(lambda x: F.dropout(x, 0.5, True).sum(), x_of(3, 4)))
+
+
+@pytest.mark.parametrize(("p", "train"), [(0.5, True), (0.5, False), (0.0, True), (1.0, True)])
+def test_what_dropout_returns_may_be_written(p: float, train: bool) -> None:
+    """Where it drops nothing it returns its input, so that this changes too."""
+
+    def fn(x: Tensor) -> Tensor:
+        h = 2 * x
+        y = F.dropout(h, p, train)
+        y += 1
+        return (h * y).sum()
+
+    def result(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        x = x_of(3, 4)
+        value = run(x)
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    found = result(torch.compile(fn, backend="mstc", options={"lower": "eager"}))
+    torch.testing.assert_close(found, result(fn))

@@ -125,7 +125,7 @@ class Switches:
 
 
 class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
-    """Functionalization before autograd under which autocast is applied, not recorded."""
+    """Functionalization before autograd; autocast, and dropout that draws nothing, are applied and not recorded."""
 
     def __init__(self) -> None:
         super().__init__(pre_dispatch=True, export=True)
@@ -135,8 +135,8 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.dropout.default and _drops_nothing(*args, **kwargs):
-            return args[0]  # as in eager, so that writing to the result writes to the input
+        if func is torch.ops.aten.dropout.default and not _draws(*args, **kwargs):
+            return self._idle_dropout(*args, **kwargs)
         if not any_autocast() or not isinstance(func, OpOverload):
             return super().__torch_dispatch__(func, types, args, kwargs)
         devices = _devices(args, kwargs)
@@ -159,6 +159,16 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         with no_autocast():
             return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _idle_dropout(self, x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        """Dropout of nothing returns its input itself, as in eager; dropout of everything zeros (nan stays nan).
+
+        As a random op it would keep its place and part regions.
+        """
+        if p == 0 or not train:
+            return x
+        with self:
+            return x * 0.0
+
     def _in_float32(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def widen(x: torch.Tensor) -> torch.Tensor:
             return x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -169,8 +179,8 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         return found
 
 
-def _drops_nothing(x: torch.Tensor, p: float, train: bool) -> bool:
-    return p == 0 or not train
+def _draws(x: torch.Tensor, p: float, train: bool) -> bool:
+    return train and 0 < p < 1
 
 
 def _devices(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch._C.DispatchKey]:

@@ -12,9 +12,8 @@ but that call.
 
 from __future__ import annotations
 
-import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.text import digest
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,10 @@ def call(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **settin
     places = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
     constants = tuple(None if i in places else a for i, a in enumerate(args))
     single = isinstance(forward.graph.output_node().args[0][0], fx.Node)  # type: ignore[index]
-    texts = (forward.code, backward.code, constants, places, settings)
-    key = _key(texts)
+    key = digest(forward.code, backward.code, constants, places, settings)
     _functions[key] = _Function(forward, backward, constants, places, settings, single)
     found = torch.ops.mstc.function.default([args[i] for i in places], key)
     return found[0] if single else tuple(found)
-
-
-def _key(texts: Iterable[object]) -> str:
-    return hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()[:16]
 
 
 def fold_vmap(gm: fx.GraphModule) -> fx.GraphModule:
@@ -148,7 +143,7 @@ def _fold(graph: fx.Graph, stretch: Sequence[fx.Node], made: dict[fx.Node, fx.No
         own[node] = body.node_copy(node, own.__getitem__)
     body.output([own[n] for n in results])
     run = fx.GraphModule(torch.nn.Module(), body)
-    key = _key([body])
+    key = digest(body)
     _functions[key] = lambda tensors: list(run(*tensors))
     op = graph.call_function(torch.ops.mstc.function.default, ([made[n] for n in read], key))
     for i, node in enumerate(results):

@@ -66,7 +66,6 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _write_back(graph, traced.mutated, fakes)
     _carry_metadata(gm, placeholders, traced.gm)
     _drop_asserts(graph)
-    _drop_idle_dropout(graph)
     _spell_copies(graph, mode)
     _fold_grad_mode(graph, fakes, grad_mode)
     graph.eliminate_dead_code()
@@ -161,23 +160,6 @@ def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
         for made in (whole, result):
             made.meta = dict(node.meta)
         node.replace_all_uses_with(result)
-        graph.erase_node(node)
-
-
-def _drop_idle_dropout(graph: fx.Graph) -> None:
-    """A dropout that draws nothing is no random op, which would keep its place and part regions.
-
-    Where it drops nothing it returns its input, where it drops everything zeros (nan stays nan).
-    """
-    for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
-        source, p, train = node.args
-        if train and 0 < p < 1:
-            continue
-        if train and p == 1:
-            with graph.inserting_before(node):
-                source = graph.call_function(aten.mul.Tensor, (source, 0.0))
-            source.meta = dict(node.meta)
-        node.replace_all_uses_with(source)
         graph.erase_node(node)
 
 

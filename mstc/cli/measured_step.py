@@ -20,6 +20,7 @@ from mstc.cli.bench.driver import worker_environment
 from mstc.cli.bench.meter import MB, Timeline, meter_for
 from mstc.cli.target import Call, call_of, said
 from mstc.compat import tree_leaves
+from mstc.dump.coding import read_measured
 from mstc.dump.model import Measured
 from mstc.errors import DumpError
 
@@ -52,8 +53,7 @@ def _run(job: _Job) -> Measured:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
             reason = lines[-1] if lines else f"status {done.returncode}"
             raise DumpError(f"--measure: a step of {job.target} by {job.system} failed: {reason}")
-        data = json.loads(result.read_text(encoding="utf-8"))
-    return Measured(**{**data, "samples": tuple((s, b) for s, b in data["samples"])})
+        return read_measured(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _measure(job: _Job) -> Measured:

@@ -42,7 +42,7 @@ def from_json(text: str) -> Dump:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DumpError(f"not a dump of format {FORMAT}: write it anew with this version of mstc")
     graphs = tuple(_read_graph(g) for g in data["graphs"])
-    measured = tuple(Measured(**{**m, "samples": tuple(map(tuple, m["samples"]))}) for m in data["measured"])
+    measured = tuple(read_measured(m) for m in data["measured"])
     return Dump(data["title"], data["command"], data["options"], data["versions"], graphs, data["seconds"], measured)
 
 
@@ -106,6 +106,11 @@ def _fidelity(fidelity: Fidelity) -> str:
 
 
 # ------------------------------------------------------------------ reading
+
+
+def read_measured(data: Mapping[str, Any]) -> Measured:
+    """The measured step that `dataclasses.asdict` wrote."""
+    return Measured(**{**data, "samples": tuple((seconds, used) for seconds, used in data["samples"])})
 
 
 def _read_graph(data: Mapping[str, Any]) -> GraphDump:

@@ -1,4 +1,4 @@
-"""Masks of dropouts inside loops are drawn outside them.
+"""Masks of dropouts inside loops, those over tokens and those over queries, are drawn outside them.
 
     y = x * m / (1 - p),   m ~ Bernoulli(1 - p)
 
@@ -28,10 +28,12 @@ from mstc.graph.editor import Editor
 from mstc.graph.places import Place
 from mstc.graph.regions import Region, find_regions
 from mstc.graph.rules.call import Call
+from mstc.graph.sizes import shape_of
+from mstc.graph.written import find_written
 from mstc.ops.keep import SEEDS
 from mstc.ops.pieces import order_of
 from mstc.passes.base import Context, Pass
-from mstc.plan.chunks import choose
+from mstc.plan.chunks import choose, choose_queries
 from mstc.report import Fidelity
 
 aten = torch.ops.aten
@@ -46,23 +48,36 @@ class DrawSite:
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[DrawSite]:
-    if not (ctx.options.mini_sequence.enabled or ctx.options.lm_head.enabled):
-        return
     random = [n for n in gm.graph.nodes if draws_mask(n) or n.target in BLIND]
     if not random:
         return
-    within: dict[fx.Node, Place] = {}
-    for region in find_regions(gm.graph, Axes(gm.graph), drawing=True):
-        inside = [n for n in region.nodes if draws_mask(n)]
-        if inside and _may_loop(region, ctx):
-            within |= {n: region.proofs[n].place for n in inside}
+    within = _in_loops(gm.graph, ctx)
     for node in random:
-        if not _is_static(node):
-            continue
         if node in within:
             yield DrawSite(node, within[node])
-        elif node.target in BLIND and not _is_free(node):
+        elif node.target in BLIND and not _is_free(node) and _any_loop(ctx):
             yield DrawSite(node)
+
+
+def _any_loop(ctx: Context) -> bool:
+    options = ctx.options
+    return options.mini_sequence.enabled or options.lm_head.enabled or options.query_chunks.enabled
+
+
+def _in_loops(graph: fx.Graph, ctx: Context) -> dict[fx.Node, Place]:
+    """The draws of masks in what may run as a loop, and where tokens, or queries, stand in them."""
+    options, within = ctx.options, dict[fx.Node, Place]()
+    if options.mini_sequence.enabled or options.lm_head.enabled:
+        for region in find_regions(graph, Axes(graph), drawing=True):
+            inside = [n for n in region.nodes if draws_mask(n)]
+            if inside and _may_loop(region, ctx):
+                within |= {n: region.proofs[n].place for n in inside}
+    if options.query_chunks.enabled:
+        for written in find_written(graph):
+            whole = choose_queries(written.region, options.query_chunks.chunk_tokens).count == 1
+            if not whole and all(map(draws_mask, written.draws)):
+                within |= {n: written.region.proofs[n].place for n in written.draws}
+    return within
 
 
 def _may_loop(region: Region, ctx: Context) -> bool:
@@ -76,11 +91,6 @@ def _is_free(node: fx.Node) -> bool:
     """Whether what it draws into depends on no input already."""
     source = node.args[0]
     return isinstance(source, fx.Node) and not source.all_input_nodes
-
-
-def _is_static(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    return not any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
 
 
 def apply(editor: Editor, site: DrawSite, ctx: Context) -> None:
@@ -112,7 +122,8 @@ def _draws_of_its_own(ctx: Context) -> bool:
 def _empty(editor: Editor, node: fx.Node, order: Sequence[int], dtype: torch.dtype) -> fx.Node:
     """What ``node`` draws into, its dimensions in the order of memory, in which eager draws."""
     value = node.meta["val"]
-    shape = [value.shape[d] for d in order]
+    sizes = shape_of(value)
+    shape = [editor.number(sizes[d], like=node) for d in order]
     return editor.call(aten.empty.memory_format, (shape,), {"dtype": dtype, "device": value.device}, like=node)
 
 
@@ -154,8 +165,9 @@ def _drawn(editor: Editor, node: fx.Node, keep: float) -> fx.Node:
 def _seeded(editor: Editor, node: fx.Node, place: Place, keep: float) -> fx.Node:
     value = node.meta["val"]
     settings = {"dtype": torch.int64, "device": value.device}
-    seeds = editor.call(aten.randint.low, (0, SEEDS, [place.n]), settings, like=node)
-    args = (seeds, list(value.shape), place.dim, place.outer, place.inner, keep)
+    seeds = editor.call(aten.randint.low, (0, SEEDS, [editor.number(place.n, like=node)]), settings, like=node)
+    outer, inner, *sizes = (editor.number(s, like=node) for s in (place.outer, place.inner, *shape_of(value)))
+    args = (seeds, sizes, place.dim, outer, inner, keep)
     return editor.call(torch.ops.mstc.keep.default, args, like=node)
 
 

@@ -23,10 +23,10 @@ PASSES: tuple[Pass, ...] = (
     MASK_OUTPUTS,
     WRITTEN_ATTENTION,
     TRIANGLES,  # after those, which read triangles as such; before query_chunks, which cuts masks with the queries
-    QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads
     SHIFT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
     DRAWS,  # before the loops, which take no random op
+    QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads
     MEMORY_BUDGET,  # when all but loops is done; chooses for the passes below
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop
     MINI_SEQUENCE,

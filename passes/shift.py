@@ -6,6 +6,7 @@ from its loss and keep all logits. Exact up to the shape of the matrix products,
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,14 @@ from mstc.graph.editor import Editor
 from mstc.graph.places import Place
 from mstc.graph.regions import Region, find_regions, make_region
 from mstc.graph.rules.call import Call
+from mstc.graph.sizes import Size, shape_of
 from mstc.ops.body import LENGTH, dynamic_lengths, forward_body
 from mstc.passes.base import Context, Pass, refuse
 from mstc.plan.split import head_of
 from mstc.report import Fidelity, Refusal
 
 aten = torch.ops.aten
+_ARITHMETIC = (operator.add, operator.mul, operator.floordiv)  # of dynamic lengths
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class ShiftSite:
 
     head: Region
     cut: fx.Node
-    start: int
-    length: int
+    start: Size
+    length: Size
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[ShiftSite | Refusal]:
@@ -49,9 +52,6 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[ShiftSite | Refusal]:
 def _site(axes: Axes, region: Region, value: fx.Node, place: Place) -> Iterator[ShiftSite | Refusal]:
     cuts = [u for u in value.users if _slices(u, place)]
     if not cuts:
-        return
-    if dynamic_lengths(region):
-        yield refuse("shift", cuts[0], "the length is dynamic", "shift the labels instead of the logits")
         return
     head = head_of(region, [value])
     if not any(is_heavy(n) for n in head):
@@ -71,8 +71,7 @@ def _site(axes: Axes, region: Region, value: fx.Node, place: Place) -> Iterator[
     if any(p.outer != 1 or p.inner != 1 for _, p in part.tokens):
         yield refuse("shift", cuts[0], "the tokens of the head's input share a dimension with another axis")
         return
-    start, stop = _range(cuts[0], region.n)
-    yield ShiftSite(part, cuts[0], start, stop - start)
+    yield ShiftSite(part, cuts[0], *_range(cuts[0], region.n))
 
 
 def _slices(node: fx.Node, place: Place) -> bool:
@@ -84,27 +83,45 @@ def _slices(node: fx.Node, place: Place) -> bool:
     return call.dim() == place.dim and call.arg("step", 1) == 1 and all(b is None or isinstance(b, int) for b in bounds)
 
 
-def _range(node: fx.Node, n: int) -> tuple[int, int]:
+def _range(node: fx.Node, n: Size) -> tuple[Size, Size]:
+    """Start and length of the stretch."""
     call = Call(node)
-    start, stop, _ = slice(call.arg("start"), call.arg("end")).indices(n)
-    return start, max(stop, start)
+    length = shape_of(node.meta["val"])[call.dim()]
+    start = call.arg("start") or 0
+    if isinstance(n, int):
+        return slice(start, None).indices(n)[0], length
+    return start if start >= 0 else n + start, length
 
 
 def apply(editor: Editor, site: ShiftSite, ctx: Context) -> None:
-    body = forward_body(site.head, {LENGTH: site.length})
-    placeholders = body.graph.find_nodes(op="placeholder")
-    like = site.head.nodes[0]
-    values: dict[fx.Node, Any] = {}
-    for slot, (node, place) in zip(placeholders, site.head.tokens, strict=False):
-        args = (editor.resolve(node), place.dim, site.start, site.start + site.length)
-        values[slot] = editor.call(aten.slice.Tensor, args, like=like)
-    for slot, node in zip(placeholders[len(site.head.tokens) :], site.head.shared, strict=True):
-        values[slot] = editor.resolve(node)
-    calls = [n for n in body.graph.nodes if n.op == "call_function"]
-    for old, new in zip(site.head.nodes, calls, strict=True):
-        args, kwargs = fx.node.map_arg((new.args, dict(new.kwargs)), values.__getitem__)
-        values[new] = editor.call(new.target, args, kwargs, like=old, before=site.cut)
-    editor.replace(site.cut, values[calls[-1]], f"the slice of {site.length} tokens moves before the head")
+    like, head = site.head.nodes[0], site.head
+    start, stop, length = (editor.number(s, like=like) for s in (site.start, site.start + site.length, site.length))
+    inputs: list[Any] = [
+        editor.call(aten.slice.Tensor, (editor.resolve(node), place.dim, start, stop), like=like)
+        for node, place in head.tokens
+    ]
+    inputs += [editor.resolve(node) for node in head.shared]
+    symbols = dynamic_lengths(head)
+    if symbols:
+        inputs += [*(editor.length(s, like=like) for s in symbols), length]
+    body = forward_body(head, None if symbols else {LENGTH: length})
+    editor.replace(
+        site.cut, _copied(editor, site, body, inputs), f"the slice of {site.length} tokens moves before the head"
+    )
+
+
+def _copied(editor: Editor, site: ShiftSite, body: fx.GraphModule, inputs: list[Any]) -> fx.Node:
+    """The body's nodes in the graph, just before the slice; its last value."""
+    values = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    originals = iter(site.head.nodes)
+    value = site.cut
+    for node in body.graph.nodes:
+        if node.op != "call_function":
+            continue
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        like = site.cut if node.target in _ARITHMETIC else next(originals)
+        value = values[node] = editor.call(node.target, args, kwargs, like=like, before=site.cut)
+    return value
 
 
 SHIFT = Pass("shift", "lm_head", Fidelity.ROUNDING, find, apply)

@@ -5,7 +5,8 @@ What every later step may rely on (held by `mstc.graph.checker`):
 - nodes are placeholders, ``get_attr`` of constants, calls of ATen (or custom) ops, ``getitem`` and the output;
 - nothing is changed in place, except copies back into mutated inputs at the end;
 - ``torch.no_grad`` stretches are written as ``detach`` of what they read, so no node switches the grad mode;
-- every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``.
+- every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``;
+- sizes are computed from the lengths of the inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph import functions
+from mstc.graph.lengths import size_by_inputs
 from mstc.graph.provenance import source_of
 
 aten = torch.ops.aten
@@ -68,6 +70,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _drop_asserts(graph)
     _spell_copies(graph, mode)
     _fold_grad_mode(graph, fakes, grad_mode)
+    size_by_inputs(traced.gm)
     graph.eliminate_dead_code()
     graph.lint()
     traced.gm.recompile()

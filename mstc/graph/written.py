@@ -193,8 +193,13 @@ def _pull(
 
 
 def _proof(node: fx.Node, wanted: set[Place | None]) -> Tokenwise | None:
-    """That the node may run on pieces of the one place that is wanted of it."""
+    """That the node may run on pieces of the one place that is wanted of it.
+
+    What draws stays outside, where its numbers are drawn whole; but a dropout, which weights go through, is a member.
+    """
     place = next(iter(wanted))
+    if has_order(node) and node.target not in _DROPOUT:
+        return None
     if node.op != "call_function" or len(wanted) != 1 or place is None:
         return None
     if node.target is operator.getitem:

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-torch.library.define("mstc::keep", "(Tensor seeds, SymInt[] sizes, int dim, int outer, int inner, float p) -> Tensor")
+torch.library.define(
+    "mstc::keep", "(Tensor seeds, SymInt[] sizes, int dim, SymInt outer, SymInt inner, float p) -> Tensor"
+)
 
 
 def _signed(value: int) -> int:

@@ -100,6 +100,47 @@ def test_five_lengths_two_batch_sizes_train_and_eval(kind: str) -> None:
     assert any(r.loop for r in mstc.reports()[-1].regions)
 
 
+class Dropping(nn.Module):
+    """Dropouts inside and between its layers, and a loss whose logits are shifted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiny = Tiny()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.tiny.features(nn.functional.dropout(x, 0.2)), 0.3)
+        logits = self.tiny.head(x)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot_eager", "inductor"])
+def test_dropout_and_shifted_logits_of_any_length(lower: str) -> None:
+    """Eager's numbers where they are drawn as eager draws; through Inductor, the same loss again for the same seed."""
+    model = Dropping()
+    fast = compiled(model, lower)
+    leaves = dict(model.named_parameters())
+
+    def seeded(fn: Any) -> Any:
+        return lambda *args: (torch.manual_seed(5), fn(*args))[1]
+
+    for length in (23, 14, 36, 70, 5, 41):
+        args = inputs(2, length)
+        if lower == "inductor":
+            loss, gradients = gradients_of(seeded(fast), leaves, args)
+            again, others = gradients_of(seeded(fast), leaves, args)
+            assert torch.equal(loss, again)
+            assert max(gradient_errors(gradients, others).values()) < 1e-12
+        else:
+            agrees(seeded(model), seeded(fast), model, args)
+    assert graphs() == 2
+    report = mstc.reports()[-1]
+    assert not [r for r in report.refusals if r.pass_name in ("shift", "draws", "mini_sequence", "lm_head")]
+    assert [e for e in report.edits if e.pass_name == "shift"]
+    assert [e for e in report.edits if e.pass_name == "draws"]
+    labels = [r.label for r in report.regions if r.loop]
+    assert any("loss" in label for label in labels), labels
+
+
 def test_guards_of_a_symbolic_body() -> None:
     """What tracing decides by a length is asked again for every other: `FakeTensorMode` alone would forget it."""
     mode, (n,) = compat.symbolic_lengths({"n": 8})

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import mstc
 from mstc.graph.written import find_written
 from testkit.capture import normal_graph
-from testkit.exactness import Comparison, chunked, compare, gradient_errors, gradients_of
+from testkit.exactness import Comparison, chunked, compare, gradient_errors, gradients_of, lowered_graphs
 
 B, H, Q, K, D = 2, 4, 37, 29, 6
 LOWEST = torch.finfo(torch.float64).min
@@ -200,13 +200,18 @@ def options(chunk: int = 10, **more: Any) -> dict[str, Any]:
 
 def wide(gm: fx.GraphModule, inputs: bool = False) -> list[str]:
     """Values with a dimension of queries and one of keys that the graph makes."""
+    return [shown for shown, _ in wide_values(gm, inputs)]
+
+
+def wide_values(gm: fx.GraphModule, inputs: bool = False) -> list[tuple[str, torch.dtype]]:
+    """Those values, with their dtypes."""
     found = []
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or (node.op == "placeholder" and not inputs):
             continue
         long = [n for n in value.shape if n >= K]
-        found += [f"{node.name} {tuple(value.shape)}"] if len(long) > 1 else []
+        found += [(f"{node.name} {tuple(value.shape)}", value.dtype)] if len(long) > 1 else []
     return found
 
 
@@ -311,6 +316,89 @@ def test_projections_around_it_run_in_loops_and_what_attention_reads_again_in_th
     assert wide(result.graphs[0]) == []
 
 
+# ------------------------------------------------------------------ dropout of the weights
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return end(F.dropout(F.softmax(q @ k.mT, -1), 0.3) @ v)
+
+
+def nano_gpt_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(D))
+    a = a.masked_fill(causal() == 0, float("-inf"))
+    return end(F.dropout(F.softmax(a, dim=-1), 0.2) @ v)
+
+
+def replayed(loss: Loss, loops: int, **more: Any) -> tuple[fx.GraphModule, mstc.Report]:
+    """The same seed gives eager's loss, gradients and random state."""
+    leaves = qkv()
+    inputs = list(leaves.values())
+    torch.manual_seed(5)
+    expected, reference = gradients_of(loss, leaves, inputs)
+    state = torch.get_rng_state()
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    torch.manual_seed(5)
+    with lowered_graphs() as graphs:
+        found, gradients = gradients_of(torch.compile(loss, backend="mstc", options=options(**more)), leaves, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert abs(found - expected).item() < 1e-12
+    assert max(gradient_errors(gradients, reference).values()) < 1e-9
+    report = mstc.reports()[-1]
+    assert len([e for e in report.edits if e.pass_name == "query_chunks"]) == loops, report.refusals
+    return graphs[0], report
+
+
+@pytest.mark.parametrize("loss", [dropped, nano_gpt_dropped])
+def test_dropout_of_the_weights_draws_the_numbers_of_eager(loss: Loss) -> None:
+    gm, _ = replayed(loss, 1)
+    assert {dtype for _, dtype in wide_values(gm)} == {torch.bool}  # the mask alone is drawn whole
+
+
+def test_random_scores_are_drawn_outside() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = torch.tanh(q @ k.mT)
+        return end(F.softmax(a + torch.rand_like(a), -1) @ v)
+
+    gm, _ = replayed(loss, 1)
+    assert all("rand_like" in shown or "empty" in shown for shown in wide(gm)), wide(gm)
+
+
+def test_numbers_drawn_by_the_scores_are_refused_and_right() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w = F.softmax(q @ k.mT, -1)
+        return end((w * torch.bernoulli(w.detach().clamp(0, 1))) @ v)
+
+    _, report = replayed(loss, 0)
+    reasons = [x.reason for x in report.refusals if x.pass_name == "query_chunks"]
+    assert any("also read by" in reason for reason in reasons), reasons
+
+
+@pytest.mark.inductor
+def test_dropout_of_the_weights_through_inductor_keeps_nothing_square() -> None:
+    """Masks from seeds: the same for every size of chunks, another for another seed, and the gradient is the slope."""
+    leaves = qkv()
+    inputs = list(leaves.values())
+    results = []
+    for seed, tokens in ((5, 7), (5, 11), (6, 7)):
+        torch._dynamo.reset()
+        compiled = torch.compile(nano_gpt_dropped, backend="mstc", options=options(tokens, lower="inductor"))
+        torch.manual_seed(seed)
+        with lowered_graphs() as graphs:
+            results.append(gradients_of(compiled, leaves, inputs))
+        assert wide(graphs[0]) == []
+    (one, _), (same, _), (other, _) = results
+    torch.testing.assert_close(one, same, rtol=1e-12, atol=0)
+    assert not torch.equal(one, other)
+    direction = {n: randn(*x.shape, seed=9).detach() for n, x in leaves.items()}
+    values = []
+    for sign in (1, -1):
+        torch.manual_seed(6)
+        values.append(compiled(*((x + sign * 1e-6 * direction[n]) for n, x in leaves.items())).item())
+    slope = sum(float((g * direction[n]).sum()) for n, g in results[2][1].items() if g is not None)
+    assert abs((values[0] - values[1]) / 2e-6 - slope) < 1e-5 * abs(slope)
+
+
 # ------------------------------------------------------------------ what is left whole, and why
 
 
@@ -338,24 +426,6 @@ def test_scores_that_are_read_otherwise_stay() -> None:
     result.check()
     assert attention_loops(result) == 0
     assert "also read by" in refusals(result)[0]
-
-
-def test_dropout_of_the_weights_is_refused_and_right() -> None:
-    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return end(F.dropout(F.softmax(q @ k.mT, -1), 0.3) @ v)
-
-    leaves = qkv()
-    inputs = list(leaves.values())
-    torch.manual_seed(5)
-    expected, reference = gradients_of(loss, leaves, inputs)
-    torch._dynamo.reset()
-    mstc.clear_reports()
-    torch.manual_seed(5)
-    found, gradients = gradients_of(torch.compile(loss, backend="mstc", options=options()), leaves, inputs)
-    assert abs(found - expected).item() < 1e-12
-    assert max(gradient_errors(gradients, reference).values()) < 1e-9
-    reasons = [x.reason for x in mstc.reports()[-1].refusals if x.pass_name == "query_chunks"]
-    assert any("random numbers" in reason for reason in reasons), reasons
 
 
 def test_short_attention_stays_whole() -> None:

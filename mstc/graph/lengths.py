@@ -8,6 +8,7 @@ Every size is a function of the inputs' lengths, and is written as one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import sympy
 import torch
@@ -34,14 +35,20 @@ def size_by_inputs(gm: fx.GraphModule) -> None:
             if not _writable(expression, told):
                 continue
             written[expression] = editor.number(expression, like=node)
-        new = written[expression]
-        if isinstance(new, fx.Node):
-            node.replace_all_uses_with(new, propagate_meta=False)
-        else:
-            for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg(
-                    (user.args, dict(user.kwargs)), lambda n, node=node, new=new: new if n is node else n
-                )
+        _use(node, written[expression])
+
+
+def _use(node: fx.Node, new: fx.Node | int) -> None:
+    """Let every user of a size use ``new``."""
+    if isinstance(new, fx.Node):
+        node.replace_all_uses_with(new, propagate_meta=False)
+        return
+
+    def swap(n: fx.Node) -> Any:
+        return new if n is node else n
+
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, dict(user.kwargs)), swap)
 
 
 def _told(graph: fx.Graph) -> Iterator[sympy.Symbol]:

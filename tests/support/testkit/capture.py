@@ -39,6 +39,19 @@ def normal_module(fn: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     return normalize(fx.GraphModule(nn.Module(), graph), list(inputs)).gm
 
 
+def dynamic_graph(fn: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The same, captured by Dynamo with lengths that are symbols."""
+    seen: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, args: list[Any]) -> Callable[..., Any]:
+        seen.append(normalize(gm, args).gm)
+        return gm.forward  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=keep, dynamic=True, fullgraph=True)(*inputs)
+    return seen[0]
+
+
 def regions_of(fn: Callable[..., Any], *inputs: Tensor) -> tuple[fx.Graph, Axes, list[Region]]:
     graph = normal_graph(fn, *inputs)
     axes = Axes(graph)

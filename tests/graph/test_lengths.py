@@ -1,0 +1,42 @@
+"""Sizes are computed from the lengths of the inputs, so that nothing waits for a value to learn its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.nn import functional as F
+
+from testkit.capture import dynamic_graph
+
+
+def sizes_of(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+
+
+def shifted(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)[:, :-1]
+    return y.reshape(y.shape[0] * y.shape[1], -1).sum(1)
+
+
+def halved(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    return y[:, : y.shape[1] // 2] * 2
+
+
+def grown(x: Tensor, w: Tensor) -> Tensor:
+    y = torch.cat([F.linear(x, w), x], 1)
+    return y.flatten(0, 1) + torch.arange(y.shape[0] * y.shape[1]).view(-1, 1)
+
+
+@pytest.mark.parametrize("fn", [shifted, halved, grown])
+def test_sizes_depend_on_inputs_only(fn: Callable[..., Tensor]) -> None:
+    gm = dynamic_graph(fn, torch.randn(2, 12, 8), torch.randn(8, 8))
+    sizes = sizes_of(gm)
+    assert any(n.op == "call_function" for n in sizes)
+    for node in sizes:
+        if node.op != "placeholder":
+            assert all(i in sizes or i.op == "placeholder" for i in node.all_input_nodes), node.format_node()

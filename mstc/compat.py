@@ -38,6 +38,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mstc import compat_autocast
 
 __all__ = [
+    "BLOCKS",
     "Captured",
     "CheckpointPolicy",
     "FakeTensor",
@@ -79,7 +80,10 @@ __all__ = [
 
 SUPPORTED_TORCH = ((2, 11), (2, 13))
 
-_block_ids = itertools.count(1)
+# Checkpointed blocks are numbered in order; between two of them passes have so many numbers for blocks of their own.
+BLOCKS = 1 << 20
+
+_block_ids = itertools.count(BLOCKS, BLOCKS)
 
 tree_leaves = pytree.tree_leaves
 

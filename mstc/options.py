@@ -73,10 +73,14 @@ class LmHead:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Choose what is saved and what is recomputed. ``offload`` is not built yet, so always False."""
+    """Choose what is saved and what is recomputed. ``offload`` is not built yet, so always False.
+
+    checkpoints: blocks under ``torch.utils.checkpoint`` are part of the "plan", or "keep" what their user wrote.
+    """
 
     enabled: bool = True
     offload: bool = False
+    checkpoints: Literal["plan", "keep"] = "plan"
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,12 @@ class Options:
             return False
         raise OptionError(_unknown("pass", pass_name, PASSES))
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether blocks under ``torch.utils.checkpoint`` run again as they were written; under a budget never."""
+        kept = self.recompute.checkpoints == "keep" or not self.recompute.enabled
+        return kept and self.memory_budget is None
+
     def to_dict(self) -> dict[str, object]:
         """The options as JSON types, each in the form in which a caller would write it."""
         values: dict[str, object] = {name: _written(getattr(self, name)) for name in _RECORDS}
@@ -146,6 +156,12 @@ def parse_options(options: Mapping[str, Any] | None = None) -> Options:
         checked = _check_key(key, value)
         if key in _KEPT:
             parsed[key] = checked
+    kept = parsed.get("recompute", Recompute()).checkpoints == "keep"
+    if kept and parsed.get("memory_budget") is not None:
+        raise OptionError(
+            "option 'recompute.checkpoints' is 'keep', but under a 'memory_budget' the plan chooses what runs again; "
+            "leave one of the two out"
+        )
     asked = frozenset(name for name in _RECORDS if options.get(name, False) is not False)
     return Options(**parsed, asked=asked)
 
@@ -203,7 +219,7 @@ _SETTINGS: dict[str, dict[str, _Rule]] = {
     "query_chunks": {"chunk_tokens": _CHUNK},
     "mini_sequence": {"chunk_tokens": _CHUNK},
     "lm_head": {"chunk_tokens": _CHUNK},
-    "recompute": {"offload": _BOOL},
+    "recompute": {"offload": _BOOL, "checkpoints": _one_of("plan", "keep")},
     "experts": {},
     "attention": {
         "kind": _WORD,

@@ -98,12 +98,9 @@ def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    copied = fx.GraphModule(gm, fx.Graph())
-    values: dict[fx.Node, fx.Node] = {}
-    output = copied.graph.graph_copy(gm.graph, values)
-    copied.graph.output(output)
-    copied.recompile()
-    return copied
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)  # with the constants that the graph reads
 
 
 def hold_to_word(options: Options, report: Report) -> None:

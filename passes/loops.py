@@ -117,6 +117,10 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     removed = [n.name for n in (*region.nodes, *region.sums)]
     what = f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks"
     editor.replace_many(pairs, removed, what + (", gradients in the forward" if site.loss else ""))
+    if not ctx.options.keeps_checkpoints:
+        ctx.facts.setdefault("checkpoints", {})[call] = _blocks(site.region)
+        for new in (call, *(n for _, n in pairs)):
+            editor.keep(new)
     if site.mixer:
         ctx.facts.setdefault("mixers", {})[call] = program.label
     ctx.products[call.name] = products_of(site.region)
@@ -130,6 +134,11 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         saved=_saved(program),
     )
     return program
+
+
+def _blocks(region: Region) -> set[int]:
+    """The user's checkpointed blocks that the region's products stand in."""
+    return {n.meta["ac_graph_id"] for n in region.heavy if n.meta.get("recompute")}
 
 
 def _result(editor: Editor, call: fx.Node, index: int, old: fx.Node) -> fx.Node:

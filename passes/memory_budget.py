@@ -18,6 +18,7 @@ from mstc.errors import PlanError
 from mstc.graph.editor import Editor
 from mstc.options import Budget
 from mstc.passes.base import Context, Pass, refuse
+from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.recompute import RECOMPUTE
@@ -78,7 +79,7 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     trial = Context(ctx.options, ctx.training, compile_body=_nothing, planning=True)
     trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
     editor = Editor(copied)
-    for one in (LM_HEAD, MINI_SEQUENCE, RECOMPUTE):
+    for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE):
         sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if _runs(one, ctx) else []
         for site in sites:
             one.apply(editor, site, trial)
@@ -178,7 +179,7 @@ def _choices_in_words(step: Step) -> list[str]:
 
 
 def _runs(one: Pass, ctx: Context) -> bool:
-    return ctx.options.enabled(one.option)
+    return not one.option or ctx.options.enabled(one.option)
 
 
 def _nothing(gm: fx.GraphModule, inputs: Any) -> Any:
@@ -188,11 +189,11 @@ def _nothing(gm: fx.GraphModule, inputs: Any) -> Any:
 
 def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of the graph, and the copy of each node."""
-    copied = fx.GraphModule(gm, fx.Graph())
+    graph = fx.Graph()
     twins: dict[fx.Node, fx.Node] = {}
-    node = copied.graph.output(copied.graph.graph_copy(gm.graph, twins))
+    node = graph.output(graph.graph_copy(gm.graph, twins))
     node.meta = dict(gm.graph.output_node().meta)
-    return copied, twins
+    return fx.GraphModule(gm, graph), twins
 
 
 MEMORY_BUDGET = Pass("memory_budget", "memory_budget", Fidelity.EXACT, find, apply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mstc.passes.base import Pass
+from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.draws import DRAWS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.mask_outputs import MASK_OUTPUTS
@@ -30,5 +31,6 @@ PASSES: tuple[Pass, ...] = (
     MEMORY_BUDGET,  # when all but loops is done; chooses for the passes below
     LM_HEAD,  # before mini_sequence, which would otherwise take the head into a plain loop
     MINI_SEQUENCE,
+    CHECKPOINTS,  # of blocks in which loops stand now
     RECOMPUTE,  # tags the loops of mini_sequence
 )

@@ -33,7 +33,10 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[RecomputeSite]:
         # A block ends with the first loop that is kept: what follows starts from its results.
         if is_loop(node) and node not in loops:
             block += 1
-        elif node in loops:
+        block = max(block, node.meta.get("ac_graph_id", 0) + 1)
+        if node.meta.get("recompute"):
+            continue  # a block of the user's runs again as a whole
+        if node in loops:
             yield RecomputeSite(node, loops[node], block)
         elif ctx.again.get(node.name):
             yield RecomputeSite(node, "attention", block)

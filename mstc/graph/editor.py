@@ -124,6 +124,14 @@ class Editor:
             tagged.meta["ac_graph_id"] = block
         self.edits.append(Edit(self.pass_name, what, (node.name,), (), source_of(node)))
 
+    def keep(self, node: fx.Node, what: str = "") -> None:
+        """Take the tag of recomputation off a node and its results; ``what``: recorded, if given."""
+        for tagged in (node, *(u for u in node.users if u.target is operator.getitem)):
+            tagged.meta.pop("recompute", None)
+            tagged.meta.pop("ac_graph_id", None)
+        if what:
+            self.edits.append(Edit(self.pass_name, what, (node.name,), (), source_of(node)))
+
     def set_outputs(self, values: list[Any], what: str) -> None:
         """Change what the graph returns, position by position."""
         output = self.gm.graph.output_node()

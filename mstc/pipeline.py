@@ -64,7 +64,7 @@ def run(
             watcher.ran(step, gm, done)
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)
-    report.regions = describe(gm, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
+    report.regions = describe(gm, ctx.analysis(gm).regions, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
     hold_to_word(ctx.options, report)
 
 
@@ -90,6 +90,7 @@ def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:
         step.apply(editor, site, ctx)
     if sites:
         editor.finish()
+        ctx.edited()
         check(editor.gm)
         report.fidelity = Fidelity(max(report.fidelity, step.fidelity))
     seconds = time.perf_counter() - started

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.provenance import source_of
+from mstc.graph.regions import Region, find_regions
 from mstc.ops.build import Compiler
 from mstc.options import Options
 from mstc.report import Fidelity, Refusal
@@ -18,6 +20,15 @@ from mstc.report import Fidelity, Refusal
 
 def _no_compiler(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
     raise AssertionError("this pass compiles a body, but the driver gave no compiler")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The axes of a graph, and its regions."""
+
+    gm: fx.GraphModule
+    axes: Axes
+    regions: list[Region]
 
 
 @dataclass
@@ -43,6 +54,18 @@ class Context:
     counts: dict[tuple[str, ...], int] = field(default_factory=dict)
     again: dict[str, bool] = field(default_factory=dict)
     products: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _analysis: Analysis | None = None
+
+    def analysis(self, gm: fx.GraphModule) -> Analysis:
+        """What the graph is now, inferred once between two edits."""
+        if self._analysis is None or self._analysis.gm is not gm:
+            axes = Axes(gm.graph)
+            self._analysis = Analysis(gm, axes, find_regions(gm.graph, axes))
+        return self._analysis
+
+    def edited(self) -> None:
+        """To be told after each edit: what was inferred holds no longer."""
+        self._analysis = None
 
 
 @dataclass(frozen=True)

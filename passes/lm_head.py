@@ -13,10 +13,8 @@ from collections.abc import Iterator
 
 import torch.fx as fx
 
-from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.labels import region_label
-from mstc.graph.regions import find_regions
 from mstc.passes.base import Context, Pass, refuse
 from mstc.passes.loops import LoopSite, apply_loop, chunks_of, ends_in_loss
 from mstc.plan.chunks import choose
@@ -25,11 +23,11 @@ from mstc.report import Fidelity, Refusal
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
-    axes = Axes(gm.graph)
-    for region in find_regions(gm.graph, axes):
+    known = ctx.analysis(gm)
+    for region in known.regions:
         if not region.sums:
             continue
-        _, head = split_head(axes, region)
+        _, head = split_head(known.axes, region)
         asked = ctx.options.lm_head.chunk_tokens
         planned = chunks_of(head, asked, ctx)
         chunks = planned or choose(head, asked)

@@ -85,6 +85,7 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
             one.apply(editor, site, trial)
         if sites:
             editor.finish()
+            trial.edited()
     values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
     weights = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
     widest = max(weights, key=lambda v: v.numel(), default=torch.empty(0))

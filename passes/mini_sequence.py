@@ -16,7 +16,7 @@ import torch.fx as fx
 from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.labels import region_label
-from mstc.graph.regions import Region, find_regions
+from mstc.graph.regions import Region
 from mstc.passes.base import Context, Pass, refuse
 from mstc.passes.loops import LoopSite, apply_loop, chunks_of, products_of, read_by_loop
 from mstc.plan.chunks import choose
@@ -25,8 +25,8 @@ from mstc.report import Fidelity, Refusal
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
-    axes = Axes(gm.graph)
-    regions = find_regions(gm.graph, axes)
+    known = ctx.analysis(gm)
+    axes, regions = known.axes, known.regions
     asked = ctx.options.mini_sequence.chunk_tokens
     for region in regions:
         chunks = choose(region, asked)

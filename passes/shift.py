@@ -18,7 +18,7 @@ from mstc.graph.axes import Axes
 from mstc.graph.costs import is_heavy, nbytes
 from mstc.graph.editor import Editor
 from mstc.graph.places import Place
-from mstc.graph.regions import Region, find_regions, make_region
+from mstc.graph.regions import Region, make_region
 from mstc.graph.rules.call import Call
 from mstc.graph.sizes import Size, shape_of
 from mstc.ops.body import LENGTH, dynamic_lengths, forward_body
@@ -43,10 +43,10 @@ class ShiftSite:
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[ShiftSite | Refusal]:
     if not gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         return
-    axes = Axes(gm.graph)
-    for region in find_regions(gm.graph, axes):
+    known = ctx.analysis(gm)
+    for region in known.regions:
         for value, place in region.outputs:
-            yield from _site(axes, region, value, place)
+            yield from _site(known.axes, region, value, place)
 
 
 def _site(axes: Axes, region: Region, value: fx.Node, place: Place) -> Iterator[ShiftSite | Refusal]:

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
-from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
-from mstc.graph.regions import find_regions
 from mstc.graph.rules.call import Call
 from mstc.graph.sizes import product, quotient, shape_of
 from mstc.passes.base import Context, Pass
@@ -53,20 +51,19 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
             continue
         if Call(node).arg("reduction", MEAN) in (MEAN, SUM) and node.args[0].meta["val"].dim() > 1:
             yield LossSite(node)
-    yield from _means(gm)
+    yield from _means(gm, ctx)
 
 
-def _means(gm: fx.GraphModule) -> Iterator[LossSite]:
+def _means(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
     """Means over the axis of a region that need gradients."""
     means = [n for n in gm.graph.nodes if n.target in (aten.mean.default, aten.mean.dim) and n.meta.get("needs_grad")]
     if not means:
         return
-    axes = Axes(gm.graph)
-    regions = find_regions(gm.graph, axes)
+    known = ctx.analysis(gm)
     for node in means:
         source = node.args[0]
-        for region in regions:
-            if source in region.proofs and not axes.places(node, region.axis):
+        for region in known.regions:
+            if source in region.proofs and not known.axes.places(node, region.axis):
                 yield LossSite(node)
                 break
 

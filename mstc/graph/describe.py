@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from mstc.graph.axes import Axes
 from mstc.graph.labels import attention_label, region_label
 from mstc.graph.provenance import layer_of, module_of, source_of
-from mstc.graph.regions import Region, find_regions
+from mstc.graph.regions import Region
 from mstc.report import RegionInfo
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def describe(gm: fx.GraphModule, loops: Mapping[fx.Node, RegionInfo], masks: Mapping[fx.Node, Any]) -> list[RegionInfo]:
+def describe(
+    gm: fx.GraphModule, regions: Iterable[Region], loops: Mapping[fx.Node, RegionInfo], masks: Mapping[fx.Node, Any]
+) -> list[RegionInfo]:
     """One record per loop, per region left whole and per attention, in the order of the graph.
 
-    loops: records of the loop nodes; masks: what is known of an attention's mask (its ``kind``).
+    regions: those left whole; loops: records of the loop nodes; masks: what is known of an attention's mask.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     found: list[tuple[int, RegionInfo]] = [
@@ -34,7 +35,7 @@ def describe(gm: fx.GraphModule, loops: Mapping[fx.Node, RegionInfo], masks: Map
         (order[node], _mixer(node, attention_label(node, getattr(masks.get(node), "label", ""))))
         for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION)
     ]
-    found += [(order[r.nodes[0]], region_info(r)) for r in find_regions(gm.graph, Axes(gm.graph))]
+    found += [(order[r.nodes[0]], region_info(r)) for r in regions]
     return [info for _, info in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -210,6 +210,9 @@ class _Recorded:
     def __floordiv__(self, other: Any) -> _Recorded:
         return self._with(operator.floordiv, self, other)
 
+    def __rfloordiv__(self, other: int) -> _Recorded:
+        return self._with(operator.floordiv, other, self)
+
     __radd__, __rmul__ = __add__, __mul__
 
 

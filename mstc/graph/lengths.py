@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.editor import Editor
-from mstc.graph.sizes import Size, UnknownSize, evaluate, shape_of, size, symbols_of
+from mstc.graph.sizes import Size, can_evaluate, shape_of, size, symbols_of
 
 
 def size_by_inputs(gm: fx.GraphModule) -> None:
@@ -32,7 +32,7 @@ def size_by_inputs(gm: fx.GraphModule) -> None:
             continue
         expression = size(value)
         if expression not in written:
-            if not _writable(expression, told):
+            if not (told.issuperset(symbols_of([expression])) and can_evaluate(expression)):
                 continue
             written[expression] = editor.number(expression, like=node)
         _use(node, written[expression])
@@ -58,14 +58,3 @@ def _told(graph: fx.Graph) -> Iterator[sympy.Symbol]:
         sizes = shape_of(value) if isinstance(value, torch.Tensor) else ()
         sizes = (size(value),) if isinstance(value, torch.SymInt) else sizes
         yield from (s for s in sizes if isinstance(s, sympy.Symbol))
-
-
-def _writable(expression: Size, told: set[sympy.Symbol]) -> bool:
-    symbols = symbols_of([expression])
-    if not told.issuperset(symbols):
-        return False
-    try:
-        evaluate(expression, dict.fromkeys(symbols, 2))
-    except UnknownSize:
-        return False
-    return True

@@ -46,16 +46,30 @@ def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
         return values[size]
     if size.is_Integer:
         return int(size)
+    if not _is_known(size):
+        raise UnknownSize(f"the size {size} is no sum, product or quotient of lengths")
     parts = [evaluate(a, values) for a in size.args]
     if size.is_Add:
         return functools.reduce(operator.add, parts)
     if size.is_Mul:
         return functools.reduce(operator.mul, parts)
-    if size.is_Pow and isinstance(parts[1], int) and parts[1] > 0:
+    if size.is_Pow:
         return functools.reduce(operator.mul, [parts[0]] * parts[1])
-    if type(size).__name__ in ("FloorDiv", "CleanDiv"):
-        return parts[0] // parts[1]
-    raise UnknownSize(f"the size {size} is no sum, product or quotient of lengths")
+    return parts[0] // parts[1]
+
+
+def can_evaluate(size: Size) -> bool:
+    """Whether `evaluate` knows all that the size is made of."""
+    if isinstance(size, int) or size.is_Symbol or size.is_Integer:
+        return True
+    return _is_known(size) and all(map(can_evaluate, size.args))
+
+
+def _is_known(size: Size) -> bool:
+    """Whether the outermost function is one of those that `evaluate` carries out."""
+    if size.is_Pow:
+        return bool(size.args[1].is_Integer and size.args[1] > 0)
+    return bool(size.is_Add or size.is_Mul) or type(size).__name__ in ("FloorDiv", "CleanDiv")
 
 
 def same(a: Size, b: Size) -> bool:

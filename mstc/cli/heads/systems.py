@@ -40,7 +40,8 @@ def _eager(name: str, chunk: int) -> Run:
 
 
 def _mstc(name: str, chunk: int, lower: str = "inductor") -> Run:
-    options: dict[str, Any] = {"lm_head": {"chunk_tokens": chunk}, "lower": lower}
+    tokens = {"chunk_tokens": chunk}
+    options: dict[str, Any] = {"lm_head": tokens, "mini_sequence": tokens, "lower": lower}
     return torch.compile(PROGRAMS[name].run, backend="mstc", options=options)
 
 

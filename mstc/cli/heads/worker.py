@@ -71,11 +71,13 @@ def _how(system: str) -> str:
 
 
 def mstc_treatment() -> str:
-    """From the reports: gradients in the forward, recomputed in the backward, or whole."""
+    """From the reports: gradients in the forward, recomputed in the backward, or whole, and why."""
     edits = [e.what for r in mstc.reports() for e in r.edits if e.pass_name in ("lm_head", "mini_sequence")]
     if any(e.endswith("gradients in the forward") for e in edits):
         return "in chunks"
-    return "in chunks, recomputed" if any("chunks" in e for e in edits) else "whole: no tokens to cut"
+    if any("chunks" in e for e in edits):
+        return "in chunks, recomputed"
+    return "whole: " + "; ".join(dict.fromkeys(r.reason for report in mstc.reports() for r in report.refusals))
 
 
 def main() -> None:

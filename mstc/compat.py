@@ -20,6 +20,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
+from torch._functorch import config as functorch_config
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
@@ -68,6 +69,7 @@ __all__ = [
     "mode_settings",
     "name_constants",
     "references",
+    "set_activation_memory_budget",
     "symbolic_lengths",
     "trace_artifact",
     "trace_flat",
@@ -396,6 +398,11 @@ def count_auto_chunkings() -> int:
     count = int(getattr(inductor_metrics, "num_auto_chunking", 0))
     inductor_metrics.num_auto_chunking = 0
     return count
+
+
+def set_activation_memory_budget(share: float) -> None:
+    """What share of the saved bytes Inductor's partitioner may keep (1: all); for this process."""
+    functorch_config.activation_memory_budget = share
 
 
 def name_constants(gm: fx.GraphModule) -> None:

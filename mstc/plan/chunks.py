@@ -16,6 +16,9 @@ from mstc.ops.build import examples_of
 WORKING_SET = 128 * 2**20
 FEWEST_TOKENS = 512
 MOST_TOKENS = 1024
+# Fewest tokens that are chunked at all (docs/benchmarks.md, "Short").
+SHORTEST = 4096
+SHORTEST_LOSS = 2048
 # Scores of one chunk of queries where attention is written out, in bytes: what the C library's heap gives again
 # without asking the system for fresh pages. Fewer queries than these make their products slow.
 SCORES = 16 * 2**20
@@ -59,9 +62,10 @@ def intermediate_bytes(region: Region) -> int:
 def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     """Chunks for a region: as asked, or where ``"auto"`` by its working set.
 
-    Below ``4 * FEWEST_TOKENS`` tokens or ``WORTH`` bytes of intermediates, chunks cost time and save
-    nothing that matters: the region stays whole. A dynamic length is taken to be ``PLANNED_TOKENS`` where the
-    example is shorter: one graph serves all lengths, and the one at hand may well be the shortest.
+    Below ``SHORTEST`` tokens, chunks that run again in the backward cost time; a region that ends in a loss does
+    not run again, and pays sooner. With less than ``WORTH`` bytes of intermediates nothing that matters is saved.
+    Then the region stays whole. A dynamic length is taken to be ``PLANNED_TOKENS`` where the example is shorter: one
+    graph serves all lengths, and the one at hand may well be the shortest.
     """
     try:
         lengths = _Lengths.of(region, tokens_of(region), "tokens")
@@ -70,7 +74,7 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     if isinstance(chunk_tokens, int):
         return lengths.chunks(chunk_tokens, asked=True)
     total = intermediate_bytes(region) * lengths.growth
-    if lengths.rows * lengths.growth < 4 * FEWEST_TOKENS or total < WORTH:
+    if lengths.rows * lengths.growth < (SHORTEST_LOSS if region.sums else SHORTEST) or total < WORTH:
         return lengths.whole(f"with {total / 2**20:.0f} MiB of intermediates")
     widest = max((nbytes(x) for x in region.nodes), default=0)
     return lengths.chunks(_tokens_per_chunk(lengths.rows, widest))

@@ -56,3 +56,15 @@ def test_balanced_chunks(n: int, count: int) -> None:
     sizes = [size for _, size in chunks]
     assert len(chunks) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
     assert [start for start, _ in chunks] == [sum(sizes[:i]) for i in range(count)]
+
+
+def test_a_loss_pays_sooner_than_what_runs_again() -> None:
+    def head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (F.linear(x, weight) * bias).logsumexp(-1).sum()
+
+    width, classes = 64, 32000
+    (loss,) = regions_of(head, meta(1, 2048, width), meta(classes, width), meta(classes))[2]
+    assert loss.sums and choose(loss, "auto").count > 1
+    assert choose(region(2048, 4096, 16384), "auto").count == 1
+    assert choose(region(4096, 4096, 16384), "auto").count > 1
+    assert choose(region(2048, 4096, 16384, batch=2), "auto").count > 1

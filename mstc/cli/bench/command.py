@@ -16,7 +16,7 @@ from mstc.cli.bench.driver import WorkerError, run_job
 from mstc.cli.bench.job import Job, Result
 from mstc.cli.bench.models import MODELS
 from mstc.cli.bench.summary import as_data, ratios_of, summarize
-from mstc.cli.bench.systems import SYSTEMS
+from mstc.cli.bench.systems import DEFAULT, SYSTEMS
 from mstc.cli.bench.table import ratio_table, row_table
 from mstc.cli.console import make_console
 from mstc.cli.environment import available_cores, describe_machine, describe_versions
@@ -33,7 +33,7 @@ class Runs:
 
 
 @click.command()
-@click.option("--systems", callback=names(SYSTEMS), metavar="NAME,...", default=",".join(SYSTEMS), show_default=True)
+@click.option("--systems", callback=names(SYSTEMS), metavar="NAME,...", default=",".join(DEFAULT), show_default=True)
 @click.option(
     "--seq", callback=counts, metavar="INT,...", default="8192", show_default=True, help="Tokens per sequence."
 )

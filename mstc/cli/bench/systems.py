@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-__all__ = ["INDUCTOR_VARIANTS", "SYSTEMS", "LossFn", "System"]
+from mstc.compat import set_activation_memory_budget
+
+__all__ = ["DEFAULT", "INDUCTOR_VARIANTS", "SYSTEMS", "LossFn", "System"]
 
 LossFn = Callable[[Tensor], Tensor]  # ids [B, S] -> the mean loss, a scalar
 
 _HEAD_CHUNK = 512  # tokens per chunk of F.linear_cross_entropy; its default holds all logits at once
+_BUDGETS = (0.0, 0.25, 0.5, 0.75)  # 1.0 is Inductor's default
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+)
 _CHUNKER_THRESHOLD = 4  # auto_chunker's amplification above which it chunks; its default leaves this head alone
 
 
@@ -41,6 +51,21 @@ def _eager(model: Any, options: dict[str, Any]) -> LossFn:
 def _checkpointing(model: Any, options: dict[str, Any]) -> LossFn:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return _model_loss(model)
+
+
+def _selective(model: Any, options: dict[str, Any]) -> LossFn:
+    """Every layer runs again but for its attention, which costs most."""
+    contexts = partial(create_selective_checkpoint_contexts, list(_ATTENTION))
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    return _model_loss(model)
+
+
+def _inductor_budget(budget: float) -> Callable[[Any, dict[str, Any]], LossFn]:
+    def build(model: Any, options: dict[str, Any]) -> LossFn:
+        set_activation_memory_budget(budget)
+        return torch.compile(_model_loss(model))
+
+    return build
 
 
 def _inductor(model: Any, options: dict[str, Any]) -> LossFn:
@@ -92,5 +117,13 @@ SYSTEMS: dict[str, System] = {
     "inductor-linear-ce": System(f"Inductor + F.linear_cross_entropy ({_HEAD_CHUNK})", _inductor_linear_ce),
     "inductor-causal": System("Inductor, causal mask removed by hand", _inductor_causal),
     "mstc": System("mstc", _mstc),
+    "ckpt-selective": System("checkpointing, attention kept", _selective, compiles=False),
+    **{
+        f"inductor-budget-{budget:g}": System(
+            f"Inductor, activation_memory_budget {budget:g}", _inductor_budget(budget)
+        )
+        for budget in _BUDGETS
+    },
 }
-INDUCTOR_VARIANTS = tuple(name for name in SYSTEMS if name.startswith("inductor"))
+DEFAULT = tuple(name for name in SYSTEMS if name != "ckpt-selective" and "budget" not in name)
+INDUCTOR_VARIANTS = tuple(name for name in DEFAULT if name.startswith("inductor"))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from mstc.cli.bench.models import MODELS, build_model
 from mstc.cli.bench.systems import INDUCTOR_VARIANTS, SYSTEMS
+from mstc.compat import set_activation_memory_budget
+
+
+@pytest.fixture(autouse=True)
+def _budget() -> Iterator[None]:
+    yield
+    set_activation_memory_budget(1.0)
 
 
 def loss_and_norm(system: str) -> tuple[float, float]:

@@ -17,16 +17,20 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch_config
 from torch._functorch.autograd_function import autograd_function_apply
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor import metrics as inductor_metrics
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._logging._internal import trace_log, trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -68,6 +72,7 @@ __all__ = [
     "lower_with",
     "mode_settings",
     "name_constants",
+    "partitioning_by",
     "references",
     "set_activation_memory_budget",
     "symbolic_lengths",
@@ -386,6 +391,57 @@ def references(storage: torch.UntypedStorage) -> int:
 def draws_as_eager() -> bool:
     """Whether Inductor is set to draw eager's random numbers."""
     return bool(inductor_config.fallback_random)
+
+
+def partitioning_by(name: str, edit: Callable[[fx.GraphModule, fx.GraphModule, int], None], key: str) -> Any:
+    """Dynamo's backend "inductor" or "aot_eager", with a look at forward and backward before they are compiled.
+
+    edit: called with both and the number of the forward's own results, which what is saved follows; it may change
+    them. key: tells edits apart, for the compiler's caches.
+    """
+    if name == "aot_eager":
+
+        def partition(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return _edited(min_cut_rematerialization_partition(gm, inputs, **more), edit, more)
+
+        return aot_autograd(
+            fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+        )
+
+    def compiled(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
+        patches = {**more.pop("config_patches", {}), "custom_partitioner_fn": _Partitioner(edit, key)}
+        backend: Any = lookup_backend(name)
+        return backend(gm, inputs, config_patches=patches, **more)
+
+    return compiled
+
+
+class _Partitioner(CustomPartitionerFn):
+    """Inductor's own partitioner, and then the edit."""
+
+    def __init__(self, edit: Callable[[fx.GraphModule, fx.GraphModule, int], None], key: str) -> None:
+        self._edit, self._key = edit, key
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **more: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return _edited(min_cut_rematerialization_partition(gm, joint_inputs, **more), self._edit, more)
+
+    def uuid(self) -> str:
+        return self._key
+
+
+def _edited(
+    parts: tuple[fx.GraphModule, fx.GraphModule],
+    edit: Callable[[fx.GraphModule, fx.GraphModule, int], None],
+    more: Mapping[str, Any],
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    forward, backward = parts
+    edit(forward, backward, int(more["num_fwd_outputs"]))
+    for part in parts:
+        part.graph.lint()
+        part.recompile()
+    return forward, backward
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.ops.saved import offload_saved, offloads_of
 from mstc.ops.workspace import empty_strided
 from mstc.report import Refusal, Report
 
@@ -24,7 +25,9 @@ def lower(
         return gm.forward
     compat.name_constants(gm)
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
-    compiled: Callable[..., Any] = compat.lower_with(name)(gm, list(inputs), **patches)
+    offloads = offloads_of(gm)
+    backend = compat.partitioning_by(name, offload_saved, offloads) if offloads else compat.lower_with(name)
+    compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
     return compiled
 
 

@@ -73,8 +73,9 @@ class LmHead:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Choose what is saved and what is recomputed. ``offload`` is not built yet, so always False.
+    """Choose what is saved and what is recomputed.
 
+    offload: under a memory budget, values may wait for the backward in pinned host memory (CUDA) or in files (CPU);
     checkpoints: blocks under ``torch.utils.checkpoint`` are part of the "plan", or "keep" what their user wrote.
     """
 
@@ -161,6 +162,10 @@ def parse_options(options: Mapping[str, Any] | None = None) -> Options:
         raise OptionError(
             "option 'recompute.checkpoints' is 'keep', but under a 'memory_budget' the plan chooses what runs again; "
             "leave one of the two out"
+        )
+    if parsed.get("recompute", Recompute()).offload and parsed.get("lower") == "eager":
+        raise OptionError(
+            "option 'recompute.offload' needs a compiled backward: give 'lower' \"inductor\" or \"aot_eager\""
         )
     asked = frozenset(name for name in _RECORDS if options.get(name, False) is not False)
     return Options(**parsed, asked=asked)
@@ -280,8 +285,6 @@ def _check_key(key: str, value: Any) -> Any:
 
 def _check_pass(name: str, value: Any) -> Any:
     settings = _check_settings(name, value)
-    if settings.get("offload"):
-        raise _not_built("recompute.offload", True, "False")
     return _RECORDS[name](enabled=value is not False, **settings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,10 @@ class Analysis:
     regions: list[Region]
 
 
+def key_of(call: str, products: Mapping[str, tuple[str, ...]]) -> str:
+    return ",".join(products[call]) if call in products else call
+
+
 @dataclass
 class Context:
     """What a pass may read, and where it may leave facts for later passes and the report.
@@ -41,7 +45,8 @@ class Context:
     their programs must not be taken for compiled ones;
     planning: the graph is a draft that never runs.
     counts, again: the plan under a memory budget: chunks of a loop by the names of the products in its region, and
-    which loops (by those names) and mixers run again in the backward; products: those names by loop call.
+    which loops (by those names) and mixers run again in the backward; products: those names by loop call;
+    offload: positions of the results of loops (by those names) and other calls that are offloaded.
     """
 
     options: Options
@@ -54,6 +59,7 @@ class Context:
     counts: dict[tuple[str, ...], int] = field(default_factory=dict)
     again: dict[str, bool] = field(default_factory=dict)
     products: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    offload: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _analysis: Analysis | None = None
 
     def analysis(self, gm: fx.GraphModule) -> Analysis:
@@ -66,6 +72,10 @@ class Context:
     def edited(self) -> None:
         """To be told after each edit: what was inferred holds no longer."""
         self._analysis = None
+
+    def key_of(self, call: str) -> str:
+        """How a plan knows a call: a loop by the names of its products, anything else by its own."""
+        return key_of(call, self.products)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.fx as fx
 from mstc.errors import PlanError
 from mstc.graph.editor import Editor
 from mstc.options import Budget
-from mstc.passes.base import Context, Pass, refuse
+from mstc.passes.base import Context, Pass, key_of, refuse
 from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.mini_sequence import MINI_SEQUENCE
@@ -30,14 +30,22 @@ from mstc.plan.stages import Levers, Stage, apply_choice, can_run_again, stages_
 from mstc.report import Fidelity, Refusal
 
 MIB = 2**20
+_LEVERS = {
+    "chunks": "chunks",
+    "recompute": "recomputing q/k/v",
+    "attention": "recomputing attention",
+    "offload": "offloading",
+}
 
 
 @dataclass(frozen=True)
 class BudgetSite:
-    """The plan: chunks per loop (by the names of its products), calls that run again, and what is expected of it."""
+    """The plan: chunks per loop (by the names of its products), calls that run again, results that are offloaded, and
+    what is expected of it."""
 
     counts: dict[tuple[str, ...], int]
     again: dict[str, bool]
+    offload: dict[str, tuple[int, ...]]
     lines: tuple[str, ...]
 
 
@@ -70,6 +78,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[BudgetSite | Refusal]:
 def apply(editor: Editor, site: BudgetSite, ctx: Context) -> None:
     ctx.counts.update(site.counts)
     ctx.again.update(site.again)
+    ctx.offload.update(site.offload)
     ctx.plan.extend(site.lines)
 
 
@@ -107,17 +116,12 @@ def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) ->
     if found is not None:
         return found
     least = least_peak(stages, resident).peak + outside_of(budget, draft)
-    brings = []
-    for lever, words in (
-        ("chunks", "chunks"),
-        ("recompute", "recomputing q/k/v"),
-        ("attention", "recomputing attention"),
-    ):
-        without = replace(levers, **{lever: False})
-        more = least_peak(stages_of(draft.step, draft.device, draft.dtype, without), resident).peak - least
-        more += outside_of(budget, draft)
-        if more > 0:
-            brings.append(f"{words} brings {more / MIB:.0f} MiB of that")
+    brings = [f"{words} brings {more / MIB:.0f} MiB of that" for words, more in _brought(draft, levers)]
+    with_offload = replace(levers, offload=True)
+    if not levers.offload and levers.recompute:
+        less = least_peak(stages_of(draft.step, draft.device, draft.dtype, with_offload), resident).peak
+        words = "options={'recompute': {'offload': True}} would do with"
+        brings.append(f"{words} {(less + outside_of(budget, draft)) / MIB:.0f} MiB")
     raise PlanError(
         f"option 'memory_budget' is {budget.total / MIB:.0f} MiB, but the smallest plan needs {least / MIB:.0f} MiB "
         f"(parameters and inputs {resident / MIB:.0f} MiB{'; ' if brings else ''}{', '.join(brings)}); "
@@ -125,11 +129,24 @@ def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) ->
     )
 
 
+def _brought(draft: Draft, levers: Levers) -> Iterator[tuple[str, int]]:
+    """By how many bytes the least peak would be higher without one of the levers that may be used."""
+    resident = resident_of(draft.step)
+    least = least_peak(stages_of(draft.step, draft.device, draft.dtype, levers), resident).peak
+    for lever, words in _LEVERS.items():
+        if getattr(levers, lever):
+            without = replace(levers, **{lever: False})
+            more = least_peak(stages_of(draft.step, draft.device, draft.dtype, without), resident).peak - least
+            if more > 0:
+                yield words, more
+
+
 def levers_of(ctx: Context) -> Levers:
     """What the options leave to the plan."""
     o = ctx.options
     free = not isinstance(o.mini_sequence.chunk_tokens, int) and not isinstance(o.lm_head.chunk_tokens, int)
-    return Levers(chunks=free, recompute=o.recompute.enabled, attention=o.recompute.enabled)
+    again = o.recompute.enabled
+    return Levers(chunks=free, recompute=again, attention=again, offload=again and o.recompute.offload)
 
 
 def resident_of(step: Step) -> int:
@@ -154,19 +171,23 @@ def chosen_step(draft: Draft, stages: list[Stage], solution: Solution) -> Step:
 def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget) -> BudgetSite:
     step = chosen_step(draft, stages, solution)
     counts = {draft.products[c.name]: c.launches for c in step.calls if c.name in draft.products}
-    again = {}
+    again, offload = {}, {}
     for before, after in zip(draft.step.calls, step.calls, strict=True):
+        key = key_of(before.name, draft.products)
         if can_run_again(before):
-            key = ",".join(draft.products[before.name]) if before.name in draft.products else before.name
             again[key] = after.again
+        if after.offloads:
+            offload[key] = tuple(after.makes.index(m) for m in after.offloads)
     peak = simulate(step).peak
+    ahead = max(solution.peak - peak.total, 0) if offload and draft.device.overlaps else 0
     parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB)
     lines = (
-        f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {peak.total / MIB:.0f} MiB ({parts}), "
+        f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {(peak.total + ahead) / MIB:.0f} MiB ({parts}), "
         f"predicted step {solution.seconds:.3f} s on {draft.device.label}",
         *_choices_in_words(step),
+        *_offloaded_in_words(step),
     )
-    return BudgetSite(counts, again, lines)
+    return BudgetSite(counts, again, offload, lines)
 
 
 def _choices_in_words(step: Step) -> list[str]:
@@ -175,8 +196,14 @@ def _choices_in_words(step: Step) -> list[str]:
         if c.kind != "op":
             words = f"{c.label}: {c.launches} chunks" if c.program is not None else c.label
             words += ", runs again in the backward" if c.again else ""
+            words += ", offloaded" if c.offloads else ""
             counted[words] = counted.get(words, 0) + 1
     return [f"{n} x {words}" for words, n in counted.items()]
+
+
+def _offloaded_in_words(step: Step) -> list[str]:
+    size = sum(step.sizes[m] for c in step.calls for m in c.offloads)
+    return [f"{size / MIB:.0f} MiB wait for the backward elsewhere"] if size else []
 
 
 def _runs(one: Pass, ctx: Context) -> bool:

@@ -10,6 +10,7 @@ from mstc.passes.mask_outputs import MASK_OUTPUTS
 from mstc.passes.masks import MASKS
 from mstc.passes.memory_budget import MEMORY_BUDGET
 from mstc.passes.mini_sequence import MINI_SEQUENCE
+from mstc.passes.offload import OFFLOAD
 from mstc.passes.query_chunks import QUERY_CHUNKS
 from mstc.passes.recompute import RECOMPUTE
 from mstc.passes.shift import SHIFT
@@ -33,4 +34,5 @@ PASSES: tuple[Pass, ...] = (
     MINI_SEQUENCE,
     CHECKPOINTS,  # of blocks in which loops stand now
     RECOMPUTE,  # tags the loops of mini_sequence
+    OFFLOAD,
 )

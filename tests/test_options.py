@@ -70,7 +70,6 @@ def test_quiet_values_of_what_is_not_built() -> None:
         ("attention", {"kind": "gla", "layers": "LLLN", "window": 64, "sinks": 4, "max_error": 0.1}),
         ("shard_sequence", {"inputs": "sharded", "method": "ring"}),
         ("shard_experts", {"capacity": None}),
-        ("recompute", {"offload": True}),
     ],
 )
 def test_not_built_yet(key: str, value: object) -> None:

@@ -17,6 +17,8 @@ from mstc.graph.provenance import source_of
 from mstc.graph.sizes import Size, evaluate, same, shape_of, size, symbols_of
 from mstc.report import Edit
 
+# Under "custom" in a node's metadata, which AOTAutograd hands on: positions of its results that are to be offloaded.
+OFFLOADED = "mstc_offloaded"
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "recompute", "ac_graph_id")
 
 
@@ -122,6 +124,11 @@ class Editor:
         for tagged in (node, *(u for u in node.users if u.target is operator.getitem)):
             tagged.meta["recompute"] = compat.CheckpointPolicy.MUST_RECOMPUTE
             tagged.meta["ac_graph_id"] = block
+        self.edits.append(Edit(self.pass_name, what, (node.name,), (), source_of(node)))
+
+    def offload(self, node: fx.Node, results: tuple[int, ...], what: str) -> None:
+        """Tag results of a node to wait elsewhere for the backward, where the lowering saves them."""
+        node.meta["custom"] = {**node.meta.get("custom", {}), OFFLOADED: results}
         self.edits.append(Edit(self.pass_name, what, (node.name,), (), source_of(node)))
 
     def keep(self, node: fx.Node, what: str = "") -> None:

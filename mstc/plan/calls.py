@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
+from mstc.graph.editor import OFFLOADED
 from mstc.graph.live import is_view
 from mstc.ops.program import Program, program
 from mstc.plan.work import loop_work
@@ -31,7 +32,8 @@ class Call:
     kind: "loop", "loss", "mixer" or "op"; reads, makes: memories; keeps: memories that its backward reads,
     its own results among them; grads: memories of inputs that get a gradient, needs: results that bring one;
     work: temporaries of forward and backward; flops, moved (bytes): of both; again: it runs again in the backward;
-    cheap: neither a product nor a mixer; program: of a loop; rows: of its products; launches: chunks.
+    cheap: neither a product nor a mixer; program: of a loop; rows: of its products; launches: chunks;
+    offloads: those of its results that wait for the backward elsewhere.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Call:
     program: Program | None = None
     rows: float = 0.0
     launches: int = 1
+    offloads: tuple[str, ...] = ()
 
     def in_chunks(self, count: int) -> Call:
         """The same loop in another number of chunks."""
@@ -80,7 +83,7 @@ def read_step(gm: fx.GraphModule, training: bool, fused: bool = True) -> Step:
     fused: as a compiler runs it, which makes cheap values again in the backward rather than keep them.
     """
     reader = _Reader(training)
-    calls = [c for n in gm.graph.nodes if n.op == "call_function" for c in reader.call(n)]
+    calls = [_offloading(c, n) for n in gm.graph.nodes if n.op == "call_function" for c in reader.call(n)]
     placeholders = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
     for n in placeholders:
         reader.sizes[n.name] = bytes_of(n.meta.get("val"))
@@ -89,6 +92,12 @@ def read_step(gm: fx.GraphModule, training: bool, fused: bool = True) -> Step:
     outputs = [reader.memory(n) for n in gm.graph.output_node().all_input_nodes]
     step = Step(calls, reader.sizes, tuple(needing), tuple(others), tuple(outputs), training)
     return _without_cheap_keeps(step) if training and fused else step
+
+
+def _offloading(call: Call, node: fx.Node) -> Call:
+    """With the results that are tagged to be offloaded."""
+    results = node.meta.get("custom", {}).get(OFFLOADED, ())
+    return replace(call, offloads=tuple(call.makes[i] for i in results)) if results else call
 
 
 def bytes_of(value: Any) -> int:

@@ -50,6 +50,11 @@ class Device:
         """What a process can allocate."""
         return self.memory - self.context
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether copies to the host run beside computation."""
+        return self.name != "cpu"
+
     def seconds(
         self, flops: float, moved: float, rows: float, launches: float, dtype: str, mixer: bool = False
     ) -> float:

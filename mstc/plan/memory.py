@@ -2,7 +2,8 @@
 
 The forward makes values and drops each after its last reader, unless the backward keeps it. The backward goes
 through the calls in reverse; what a call needs and what was not kept is made again just before, once. Gradients
-of parameters stay; a second gradient for the same value is added to the first.
+of parameters stay; a second gradient for the same value is added to the first. What is offloaded goes after its last
+reader in the forward and comes back just before its first one in the backward.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class _Run:
     def __post_init__(self) -> None:
         step = self.step
         self._makers = {m: c for c in step.calls for m in c.makes}
+        self._offloaded = {m for c in step.calls for m in c.offloads}
         self._fixed = {*step.parameters, *step.inputs}
         self._parameters = sum(step.sizes[m] for m in step.parameters)
         self._inputs = sum(step.sizes[m] for m in step.inputs)
@@ -165,6 +167,9 @@ class _Run:
     def _make_again(self, memory: str) -> None:
         if memory in self._saved or memory in self._rest or memory in self._fixed:
             return
+        if memory in self._offloaded:
+            self._rest.add((memory,))
+            return
         maker = self._makers[memory]
         for read in maker.reads:
             self._make_again(read)
@@ -173,7 +178,7 @@ class _Run:
 
     def _hold(self, memories: Iterable[str]) -> None:
         for m in memories:
-            (self._saved if m in self.kept else self._rest).add((m,))
+            (self._saved if m in self.kept and m not in self._offloaded else self._rest).add((m,))
 
     def _note(self, call: Call, work: int, backward: bool) -> None:
         rest = self._rest.bytes + self._flowing.bytes + work

@@ -1,11 +1,12 @@
 """The fastest choice of options under a budget, exactly, by a dynamic program over the stages.
 
     minimize  sum_i seconds_i   subject to, for every stage i,
-    resident + sum_{j<i} saved_j + forward_i <= budget,
-    resident + sum_{j<i} saved_j + sum_{j>i} gradients_j + backward_i <= budget.
+    resident + sum_{j<i} saved_j + carry_{i-1} + forward_i <= budget,
+    resident + sum_{j<i} saved_j + carry_{i-1} + sum_{j>i} gradients_j + backward_i <= budget,
 
-Going forward, all that matters of the stages so far is (bytes saved, seconds), and of two such states one that is
-no better in either is dropped. Both constraints only tighten as bytes are saved, so this loses no solution. A smaller
+with carry_{i-1} what the stage before offloads and this one holds again. Going forward, all that matters of the stages
+so far is (bytes saved, seconds) and the last one's carry; of two such states with the same carry, one that is no
+better in either is dropped. Both constraints only tighten as bytes are saved, so this loses no solution. A smaller
 budget admits fewer solutions: it never gets a shorter time. Among the fastest plans the one of least peak is taken, so
 it never gets a higher peak either.
 """
@@ -13,7 +14,7 @@ it never gets a higher peak either.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -70,31 +71,33 @@ def frontier(stages: Sequence[Stage], resident: int, most: int = 12) -> list[Sol
 
 
 def _fastest(stages: Sequence[Stage], resident: int, budget: int | None) -> Solution | None:
-    after = _gradients_after(stages)
-    saved = torch.zeros(1, dtype=torch.int64)
-    spent = torch.zeros(1, dtype=torch.float64)
-    trail: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for stage, gradients in zip(stages, after, strict=True):
-        states = [_extend(o, saved, spent, resident, gradients, budget) for o in stage.options]
-        saved, spent, parents, chosen = _prune(states)
-        if not saved.numel():
+    states = _States.start()
+    trail: list[_States] = []
+    for stage, gradients in zip(stages, _gradients_after(stages), strict=True):
+        made: dict[tuple[int, int], list[_States]] = {}
+        for i, option in enumerate(stage.options):
+            made.setdefault(option.carry, []).append(_extend(i, option, states, resident, gradients, budget))
+        states = _States.joined([_States.joined(alike).pruned() for alike in made.values()])
+        if not states.saved.numel():
             return None
-        trail.append((parents, chosen))
-    at = int(spent.argmin())
+        trail.append(states)
+    at = int(states.spent.argmin())
     picked: list[Option] = []
-    for stage, (parents, chosen) in zip(reversed(stages), reversed(trail), strict=True):
-        picked.append(stage.options[int(chosen[at])])
-        at = int(parents[at])
+    for stage, ended in zip(reversed(stages), reversed(trail), strict=True):
+        picked.append(stage.options[int(ended.chosen[at])])
+        at = int(ended.parents[at])
     options = tuple(reversed(picked))
     return Solution(options, peak_of(stages, options, resident), sum(o.seconds for o in options))
 
 
 def peak_of(stages: Sequence[Stage], options: Sequence[Option], resident: int) -> int:
     """The peak of one option per stage."""
-    peak, saved = resident, 0
+    peak, saved, carry = resident, 0, (0, 0)
     for option, gradients in zip(options, _gradients_after(stages), strict=True):
-        peak = max(peak, resident + saved + option.forward, resident + saved + gradients + option.backward)
+        held = max(carry[0] + option.forward, carry[1] + gradients + option.backward)
+        peak = max(peak, resident + saved + held)
         saved += option.saved
+        carry = option.carry
     return peak
 
 
@@ -106,26 +109,59 @@ def _gradients_after(stages: Sequence[Stage]) -> list[int]:
     return after[::-1]
 
 
-def _extend(
-    option: Option, saved: torch.Tensor, spent: torch.Tensor, resident: int, gradients: int, budget: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(bytes saved, seconds, position of the state before) of every state to which the option may be added."""
-    most = max(option.forward, gradients + option.backward)
-    fits = torch.arange(saved.numel()) if budget is None else (saved + (resident + most) <= budget).nonzero().flatten()
-    return saved[fits] + option.saved, spent[fits] + option.seconds, fits
+@dataclass(frozen=True)
+class _States:
+    """Ways to run the stages so far, each a position in tensors of the same length.
+
+    saved: bytes; spent: seconds; carry, carry_back: what the next stage holds of the last one in its forward and
+    backward; parents: the state before; chosen: the last stage's option.
+    """
+
+    saved: torch.Tensor
+    spent: torch.Tensor
+    carry: torch.Tensor
+    carry_back: torch.Tensor
+    parents: torch.Tensor
+    chosen: torch.Tensor
+
+    @staticmethod
+    def start() -> _States:
+        zero = torch.zeros(1, dtype=torch.int64)
+        return _States(zero, zero.double(), zero, zero, zero, zero)
+
+    @staticmethod
+    def joined(several: Sequence[_States]) -> _States:
+        return _States(*(torch.cat([getattr(s, f.name) for s in several]) for f in fields(_States)))
+
+    def at(self, which: torch.Tensor) -> _States:
+        return _States(*(getattr(self, f.name)[which] for f in fields(_States)))
+
+    def pruned(self) -> _States:
+        """Those that no other beats in bytes and seconds."""
+        order = torch.argsort(self.spent, stable=True)
+        order = order[torch.argsort(self.saved[order], stable=True)]
+        found = self.at(order)
+        if not found.saved.numel():
+            return found
+        first = torch.full((1,), float("inf"), dtype=found.spent.dtype)
+        before = torch.cat([first, found.spent.cummin(0).values[:-1]])
+        return found.at(found.spent < before * (1 - 1e-12))
 
 
-def _prune(
-    states: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The states that no other beats in bytes and seconds."""
-    saved, spent, parents = (torch.cat([s[i] for s in states]) for i in range(3))
-    chosen = torch.cat([torch.full_like(s[2], i) for i, s in enumerate(states)])
-    order = torch.argsort(spent, stable=True)
-    order = order[torch.argsort(saved[order], stable=True)]
-    saved, spent, parents, chosen = saved[order], spent[order], parents[order], chosen[order]
-    if saved.numel():
-        before = torch.cat([torch.full((1,), float("inf"), dtype=spent.dtype), spent.cummin(0).values[:-1]])
-        keep = spent < before * (1 - 1e-12)
-        saved, spent, parents, chosen = saved[keep], spent[keep], parents[keep], chosen[keep]
-    return saved, spent, parents, chosen
+def _extend(number: int, option: Option, states: _States, resident: int, gradients: int, budget: int | None) -> _States:
+    """Every state to which the option may be added, with it."""
+    held = torch.maximum(states.carry + option.forward, states.carry_back + (gradients + option.backward))
+    if budget is None:
+        fits = torch.arange(held.numel())
+    else:
+        fits = (states.saved + held + resident <= budget).nonzero().flatten()
+    like = torch.ones_like(fits)
+    carry, back = option.carry
+    return _States(
+        states.saved[fits] + option.saved,
+        states.spent[fits] + option.seconds,
+        carry * like,
+        back * like,
+        fits,
+        number * like,
+    )

@@ -6,7 +6,8 @@ residual stream). With everything before it reduced to the bytes that it keeps,
     peak = max over stages i of  resident + sum_{j<i} saved_j + forward_i
                                  resident + sum_{j<i} saved_j + sum_{j>i} gradients_j + backward_i,
 
-so stages that are alike are measured once.
+so stages that are alike are measured once. What a stage offloads is not saved, but where the next stage reads it, it
+is held there again: `Option.carry` bytes, which the solver adds to the stage that follows.
 """
 
 from __future__ import annotations
@@ -20,26 +21,34 @@ from mstc.plan.calls import Call, Step
 from mstc.plan.devices import Device
 from mstc.plan.memory import simulate
 
+FEWEST_BYTES = 64 * 1024  # of a value that is worth a copy to the host and back
 FEWEST_TOKENS = 128  # a chunk below this many rows leaves every machine idle
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a stage runs: chunks of each of its loops, and which calls run again in the backward."""
+    """How a stage runs: chunks of each of its loops, which calls run again in the backward, and which results
+    (by the positions of call and result) are offloaded."""
 
     counts: tuple[int, ...]
     again: tuple[bool, ...]
+    offload: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Option:
-    """A choice with its costs: bytes kept for the backward, bytes held in its forward and backward, seconds."""
+    """A choice with its costs: bytes kept for the backward, bytes held in its forward and backward, seconds.
+
+    carry: bytes of it that the next stage holds beside its own, in its forward and backward; offloaded: bytes.
+    """
 
     choice: Choice
     saved: int
     forward: int
     backward: int
     seconds: float
+    carry: tuple[int, int] = (0, 0)
+    offloaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Levers:
     chunks: bool = True
     recompute: bool = True
     attention: bool = True
+    offload: bool = False
     pruned: bool = True
 
 
@@ -68,10 +78,12 @@ def stages_of(step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVER
     """The stages of a step with the options of each."""
     known: dict[Any, Stage] = {}
     found = []
-    for calls in _cut(step):
-        key = tuple(_shape(c, step) for c in calls)
+    cut = list(_cut(step))
+    movable = _movable(step, cut) if levers.offload and step.training else [()] * len(cut)
+    for calls, places in zip(cut, movable, strict=True):
+        key = (places, *(_shape(c, step) for c in calls))
         if key not in known:
-            known[key] = _stage(step, calls, device, dtype, levers)
+            known[key] = _stage(step, calls, device, dtype, levers, places)
         found.append(replace(known[key], calls=tuple(calls)))
     return found
 
@@ -85,25 +97,30 @@ def apply_choice(calls: Sequence[Call], choice: Choice) -> list[Call]:
     """The calls as chosen."""
     counts, again = iter(choice.counts), iter(choice.again)
     chosen = []
-    for call in calls:
+    for i, call in enumerate(calls):
         if call.program is not None:
             call = call.in_chunks(next(counts))
         if can_run_again(call):
             call = replace(call, again=next(again))
+        call = replace(call, offloads=tuple(call.makes[j] for at, j in choice.offload if at == i))
         chosen.append(call)
     return chosen
 
 
-def seconds(calls: Sequence[Call], device: Device, dtype: str, training: bool) -> float:
-    """Forward, backward, and what runs again."""
-    total = 0.0
+def seconds(calls: Sequence[Call], device: Device, dtype: str, training: bool, offloaded: int = 0) -> float:
+    """Forward, backward, what runs again, and bytes that leave in the one and come back in the other."""
+    forward = backward = 0.0
     for c in calls:
-        times = 2 if c.again and training else 1
         mixer = c.kind == "mixer"
-        total += times * device.seconds(c.flops[0], c.moved[0], c.rows, c.launches, dtype, mixer)
+        once = device.seconds(c.flops[0], c.moved[0], c.rows, c.launches, dtype, mixer)
+        forward += once
+        backward += once if c.again and training else 0.0
         if training and c.grads:
-            total += device.seconds(c.flops[1], c.moved[1], c.rows, c.launches, dtype, mixer)
-    return total
+            backward += device.seconds(c.flops[1], c.moved[1], c.rows, c.launches, dtype, mixer)
+    copies = offloaded / device.link
+    if device.overlaps:
+        return max(forward, copies) + max(backward, copies)
+    return forward + backward + 2 * copies
 
 
 def _cut(step: Step) -> Iterator[list[Call]]:
@@ -123,13 +140,51 @@ def _shape(call: Call, step: Step) -> tuple[object, ...]:
     return (program, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.flops)
 
 
-def _stage(step: Step, calls: list[Call], device: Device, dtype: str, levers: Levers) -> Stage:
+def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int], ...]]:
+    """Of each stage the results that may be offloaded, by the positions of call and result.
+
+    Those that the backward keeps and that only this stage and the next one read: what many stages read would come
+    back for each of them. Of attention the output; the log-sum-exp is a fraction of it. Not q, k and v: to run their
+    loop again takes less time than three copies.
+    """
+    stage_of = {c.name: i for i, calls in enumerate(cut) for c in calls}
+    last: dict[str, int] = {}
+    for c in step.calls:
+        last |= dict.fromkeys((*c.reads, *c.keeps), stage_of[c.name])
+    kept = {m for c in step.calls for m in c.keeps} | {m for c in step.calls if c.again for m in c.reads}
+
+    def movable(i: int, call: Call, result: int) -> bool:
+        memory = call.makes[result]
+        if call.kind == "loop" and can_run_again(call):
+            return False
+        alone = call.kind == "loop" and call.program is not None and result < len(call.program.outputs)
+        alone = alone or (call.kind != "loss" and call.program is None and result == 0)
+        large = step.sizes[memory] >= FEWEST_BYTES and memory not in step.outputs
+        return alone and large and memory in kept and last.get(memory, i) <= i + 1
+
+    return [
+        tuple((at, j) for at, c in enumerate(calls) for j in range(len(c.makes)) if movable(i, c, j))
+        for i, calls in enumerate(cut)
+    ]
+
+
+def _stage(
+    step: Step,
+    calls: list[Call],
+    device: Device,
+    dtype: str,
+    levers: Levers,
+    movable: tuple[tuple[int, int], ...],
+) -> Stage:
     gradients = sum(step.sizes[m] for m in {m for c in calls for m in c.grads} if m in step.parameters)
-    options = [_option(step, calls, choice, device, dtype) for choice in _choices(calls, step.training, levers)]
+    choices = _choices(calls, step.training, levers, movable)
+    options = [_option(step, calls, choice, device, dtype) for choice in choices]
     return Stage(tuple(calls), gradients, tuple(_undominated(options) if levers.pruned else options))
 
 
-def _choices(calls: Sequence[Call], training: bool, levers: Levers) -> Iterator[Choice]:
+def _choices(
+    calls: Sequence[Call], training: bool, levers: Levers, movable: Sequence[tuple[int, int]] = ()
+) -> Iterator[Choice]:
     loops = [c for c in calls if c.program is not None]
     sizes = [_counts(c, levers) for c in loops]
     again = [
@@ -142,6 +197,11 @@ def _choices(calls: Sequence[Call], training: bool, levers: Levers) -> Iterator[
         counts = tuple(s[min(level, len(s) - 1)] for s in sizes)
         for flags in itertools.product(*again):
             yield Choice(counts, flags)
+            repeats = iter(flags)
+            once = {i for i, c in enumerate(calls) if not (can_run_again(c) and next(repeats))}
+            places = tuple((at, j) for at, j in movable if at in once)
+            if places:
+                yield Choice(counts, flags, places)
 
 
 def _counts(call: Call, levers: Levers) -> list[int]:
@@ -166,13 +226,20 @@ def _option(step: Step, calls: list[Call], choice: Choice, device: Device, dtype
     timeline = simulate(alone, part=True)
     base = sum(step.sizes[m] for m in outer)
     kept_later = {m for m in _kept(step) if m in inner}
-    saved = timeline.kept | kept_later
+    offloaded = {m for c in chosen for m in c.offloads}
+    saved = (timeline.kept | kept_later) - offloaded
+    away = sum(step.sizes[m] for m in offloaded)
+    behind = sum(step.sizes[m] for m in offloaded & later)
+    # Where copies overlap, what the stage before needs is on its way already while this one runs its backward.
+    carry = (behind, behind + away if device.overlaps else behind)
     return Option(
         choice,
         sum(step.sizes[m] for m in saved),
         max(p.total for p in timeline.points if not p.backward) - base,
         max((p.total for p in timeline.points if p.backward), default=base) - base,
-        seconds(chosen, device, dtype, step.training),
+        seconds(chosen, device, dtype, step.training, away),
+        carry,
+        away,
     )
 
 
@@ -194,8 +261,8 @@ def _undominated(options: list[Option]) -> list[Option]:
     """Options that no other beats in every respect."""
 
     def beats(a: Option, b: Option) -> bool:
-        x = (a.saved, a.forward, a.backward, a.seconds)
-        y = (b.saved, b.forward, b.backward, b.seconds)
+        x = (a.saved, a.forward, a.backward, a.seconds, *a.carry)
+        y = (b.saved, b.forward, b.backward, b.seconds, *b.carry)
         return x != y and all(i <= j for i, j in zip(x, y, strict=True))
 
     return [o for o in options if not any(beats(other, o) for other in options)]

@@ -43,6 +43,16 @@ def test_what_runs_again_is_made_just_before_it_is_read() -> None:
     assert simulate(_step(again=True)).kept == {"a"}
 
 
+def test_what_is_offloaded_is_held_only_where_it_is_read() -> None:
+    step = _step()
+    step.calls[0] = replace(step.calls[0], offloads=("a",))
+    forward = [30 + 3, 30 + 50 + 5, 50 + 1]
+    h = 50 + 1 + 1 + 50
+    g = 1 + 50 + 30 + 30 + 200 + 6  # a comes back
+    f = 1 + 30 + 200 + 100 + 4
+    assert _totals(step) == [*forward, h, g, f]
+
+
 def test_a_second_gradient_is_held_beside_the_first_and_their_sum() -> None:
     step = _step()
     step.calls[1] = replace(step.calls[1], keeps=("a",), grads=("a", "v"))

@@ -14,8 +14,10 @@ from mstc.cli.plan.peers import SYSTEMS, Peer
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
 from mstc.plan.solve import Solution
-from mstc.plan.stages import Stage
+from mstc.plan.stages import Levers, Stage
 
+AWAY = "mstc, offloading"
+OFFLOADING = Levers(offload=True)
 GRAIN = 256  # tokens to which the longest length of a peer is told
 
 
@@ -32,7 +34,11 @@ class Row:
 
 @dataclass
 class Answer:
-    """The table of systems, mstc's plan at ``tokens``, and what was assumed."""
+    """The table of systems, mstc's plan at ``tokens``, and what was assumed.
+
+    plan_offloading, host: the plan where values may be offloaded (at its own longest length unless one was given),
+    and the bytes that lie on the host then.
+    """
 
     model: str
     device: Device
@@ -42,6 +48,8 @@ class Answer:
     rows: list[Row] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     plan: list[str] = field(default_factory=list)
+    plan_offloading: list[str] = field(default_factory=list)
+    host: int = 0
     what_if: list[dict[str, Any]] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
 
@@ -54,6 +62,8 @@ class Answer:
             "systems": [asdict(r) for r in self.rows],
             "peak_by_category": self.held,
             "plan": self.plan,
+            "plan_offloading": self.plan_offloading,
+            "host_bytes": self.host,
             "what_if": self.what_if,
             "assumptions": self.assumptions,
         }
@@ -73,6 +83,7 @@ def answer(
             f"{budget / 2**30:.1f} GiB; take a larger device or an optimizer that holds less"
         )
     tokens = seq or longest
+    farthest = planned.longest(budget, OFFLOADING)
     solution = planned.fastest(tokens, budget)
     found = Answer(target.name, device, batch, tokens, planned)
     if target.config is not None:
@@ -84,12 +95,24 @@ def answer(
         stages = planned.stages(tokens)
         found.held = _categories(planned, stages, solution)
         found.plan = in_words(stages, solution)
+    _offloading(found, farthest, seq or farthest, budget)
     found.what_if = [
         {"peak": s.peak, "seconds": s.seconds, "plan": "; ".join(in_words(planned.stages(tokens), s))}
         for s in planned.frontier(tokens)
     ]
     found.assumptions = _assumptions(device, dtype, batch, optimizer)
     return found
+
+
+def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
+    """The row of mstc where it may offload, and its plan."""
+    solution = found.planned.fastest(tokens, budget, OFFLOADING)
+    if solution is None:
+        found.rows.append(Row(AWAY, longest, tokens, None, None))
+        return
+    found.rows.append(Row(AWAY, longest, tokens, solution.peak, solution.seconds))
+    found.plan_offloading = in_words(found.planned.stages(tokens, OFFLOADING), solution)
+    found.host = sum(o.offloaded for o in solution.options)
 
 
 def _peer(
@@ -139,6 +162,8 @@ def in_words(stages: list[Stage], solution: Solution) -> list[str]:
         ]
         words = f"chunks {'/'.join(map(str, option.choice.counts))}"
         words += f", again: {' + '.join(dict.fromkeys(repeated))}" if repeated else ""
+        away = dict.fromkeys(stage.calls[i].label for i, _ in option.choice.offload)
+        words += f", offloaded: {' + '.join(away)}" if away else ""
         counted[words] = counted.get(words, 0) + 1
     return [f"{n} x ({words})" for words, n in counted.items()]
 
@@ -169,6 +194,8 @@ def _assumptions(device: Device, dtype: torch.dtype, batch: int, optimizer: Opti
         f"{device.launch * 1e6:.0f} us per kernel ({'calibrated' if device.name == 'cpu' else 'assumed'})",
         "plain, checkpointing, Mini-Sequence: eager PyTorch, FlashAttention-2, float32 logits with a shifted copy, "
         "as in transformers 4.4x; MLP in 8 pieces, head in 16, as in its published code",
-        "mstc: gradients are held to the end of the backward under every optimizer; nothing is offloaded",
+        "mstc: gradients are held to the end of the backward under every optimizer",
+        f"mstc, offloading: activations only, over a link of {device.link / 1e9:.0f} GB/s each way beside computation, "
+        "into as much host memory as needed; parameters, gradients and optimizer state stay",
         *(f"{what}: {source}" for what, source in device.sources.items()),
     ]

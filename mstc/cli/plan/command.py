@@ -71,6 +71,9 @@ def _print(found: Answer, swept: list[dict[str, Any]]) -> None:
     for name, size in found.held.items():
         held.add_row(name, f"{size / GIB:.2f}")
     console.print(held)
+    if found.plan_offloading:
+        words = "; ".join(found.plan_offloading)
+        console.print(f"mstc, offloading: {found.host / GIB:.1f} GiB in host memory; {words}")
     what_if = make_table(f"what if: {found.tokens} tokens under a smaller budget", "peak GiB", "step s", "plan")
     for line in found.what_if:
         what_if.add_row(f"{line['peak'] / GIB:.1f}", f"{line['seconds']:.1f}", str(line["plan"]))

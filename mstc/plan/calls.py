@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils.flop_counter import flop_registry
 
 from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
@@ -22,6 +23,7 @@ from mstc.plan.work import loop_work
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
+_SCANS = tuple(f"mstc.{name}.default" for name in ("scalar_decay", "vector_decay", "delta_rule", "dplr"))
 _LOOP, _LOSS_LOOP = "mstc.loop.default", "mstc.loss_loop.default"
 
 
@@ -141,6 +143,8 @@ class _Reader:
             yield self._loop(node, reads, tuple(makes))
         elif node.target is ATTENTION:
             yield self._attention(node, reads)
+        elif str(node.target) in _SCANS:
+            yield self._scan(node, reads, tuple(makes))
         elif node.target is aten.cross_entropy_loss.default:
             yield self._cross_entropy(node, reads, tuple(makes))
         else:
@@ -199,6 +203,20 @@ class _Reader:
             (moved, 2 * moved),
             node.meta.get("recompute") is not None,
         )
+
+    def _scan(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
+        """Linear attention: it keeps its operands and the states between chunks, its last result."""
+        call = self._op(node, reads, makes)
+        arguments = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        results = node.meta["val"]
+        forward: Any = node.target
+        backward = getattr(torch.ops.mstc, f"{forward.overloadpacket.__name__}_backward")
+        flops = (
+            float(flop_registry[forward.overloadpacket](*arguments, out_val=results)),
+            float(flop_registry[backward](results[0], None, *arguments, out_val=None)),
+        )
+        keeps = (*call.keeps, makes[-1]) if call.grads else ()
+        return replace(call, keeps=keeps, needs=makes[:1] if call.grads else (), flops=flops, cheap=False)
 
     def _cross_entropy(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
         """It keeps the logarithm of the softmax, and its backward makes one more value of that size."""

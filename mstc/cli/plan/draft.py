@@ -86,8 +86,8 @@ def plan_for(
     target: Target, batch: int, dtype: torch.dtype, optimizer: Optimizer, device: Device, tokens: int = CAPTURED_TOKENS
 ) -> Planned:
     """Capture the target and draft its step."""
-    if target.function is not None:
-        function, inputs = target.function(tokens)
+    if target.config is None:
+        function, inputs = target.made(tokens, batch, dtype)
         draft = capture(function, inputs, device)
         parameters = sum(draft.step.sizes[m] for m in draft.step.parameters)
         count = parameters // dtype.itemsize

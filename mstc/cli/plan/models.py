@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,22 @@ SHIPPED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("models
 
 @dataclass(frozen=True)
 class Target:
-    """What to plan: a configuration (``config``) or a function (``function``), by ``name``."""
+    """What to plan, by ``name``: a configuration (``config``), a function of the tokens (``function``), or a shipped
+    model that transformers does not have (``step``, a function of tokens, batch and dtype)."""
 
     name: str
     config: Any = None
     function: Callable[..., Any] | None = None
+    step: Callable[..., Any] | None = None
+
+    def made(self, tokens: int, batch: int, dtype: torch.dtype) -> tuple[Callable[..., Any], Sequence[Any]]:
+        """The loss function and its inputs, where there is no configuration."""
+        if self.step is not None:
+            found: tuple[Callable[..., Any], Sequence[Any]] = self.step(tokens, batch, dtype)
+            return found
+        assert self.function is not None
+        function, inputs = self.function(tokens)
+        return function, inputs
 
     @property
     def layers(self) -> int:
@@ -34,7 +46,10 @@ class Target:
 def target_of(name: str) -> Target:
     """The target by that name. Raises `PlanError` where there is none or its configuration is not understood."""
     if name in SHIPPED:
-        return Target(name, _config({k: v for k, v in SHIPPED[name].items() if k != "source"}, name))
+        settings = {k: v for k, v in SHIPPED[name].items() if k != "source"}
+        if settings["model_type"] == "linear_moe":
+            return Target(name, step=_linear_moe(settings))
+        return Target(name, _config(settings, name))
     if ".py:" in name:
         return Target(name, function=_function(*name.rsplit(":", 1)))
     path = Path(name)
@@ -84,6 +99,12 @@ def _config(settings: dict[str, Any], name: str) -> Any:
     if unknown:
         raise PlanError(f"{name}: unknown keys {', '.join(unknown)} for a {kind} configuration; remove or correct them")
     return made(**{**settings, "max_position_embeddings": 1 << 24})
+
+
+def _linear_moe(settings: Mapping[str, Any]) -> Callable[..., Any]:
+    from mstc.cli.plan.linear_moe import Sizes, step
+
+    return partial(step, Sizes(**{k: v for k, v in settings.items() if k != "model_type"}))
 
 
 def _function(file: str, name: str) -> Callable[..., Any]:

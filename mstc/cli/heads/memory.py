@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mstc.cli.arguments import names
 from mstc.cli.bench.meter import MB, meter_for
@@ -112,22 +113,32 @@ def memory(
     if worker is not None:
         click.echo("RECORD " + json.dumps(asdict(measure(Job(**json.loads(worker))))))
         return
+    jobs = [Job(system=s, program=p, **work) for p in programs for s in systems]  # type: ignore[arg-type]
     done: list[Measured] = []
     failures: list[dict[str, str]] = []
-    for program in programs:
-        for system in systems:
-            found = _measure_apart(Job(system=system, program=program, **work))  # type: ignore[arg-type]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for job in jobs:
+            progress.update(task, description=f"{job.program}: {SYSTEMS[job.system].about}")
+            found = _measure_apart(job)
             if isinstance(found, str):
-                failures.append({"system": system, "program": program, "reason": found})
+                failures.append({"system": job.system, "program": job.program, "reason": found})
             else:
                 done.append(found)
+            _write(out, done, failures)
+            progress.advance(task)
+    _print(done, failures)
+    if failures:
+        raise click.exceptions.Exit(1)
+
+
+def _write(out: Path | None, done: list[Measured], failures: list[dict[str, str]]) -> None:
+    """What there is so far: a long run that is stopped leaves what it measured."""
     if out is not None:
         about = {"versions": describe_versions(), "machine": describe_machine()}
         report = {**about, "measured": [asdict(m) for m in done], "failures": failures}
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _print(done, failures)
-    if failures:
-        raise click.exceptions.Exit(1)
 
 
 def _print(done: list[Measured], failures: list[dict[str, str]]) -> None:

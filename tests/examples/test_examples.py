@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem != "common")
 PARALLEL = {"ddp", "fsdp2"}
+# Two loops per layer and one of the head; under FSDP2 all layers are one compiled graph.
+LOOPS = {"fsdp2": 3}
 
 
 @pytest.mark.slow
@@ -27,4 +29,4 @@ def test_example(name: str) -> None:
     losses = [float(x) for x in re.findall(r"loss(?: |': '?)([0-9.]+)", done.stdout)]
     assert len(losses) >= 3 and losses[-1] < losses[0], done.stdout
     loops = [int(x) for x in re.findall(r"graph \d+: (\d+) loops", done.stdout)]
-    assert sum(loops) >= 4, done.stdout
+    assert sum(loops) >= LOOPS.get(name, 4), done.stdout

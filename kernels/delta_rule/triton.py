@@ -116,7 +116,7 @@ def states_kernel(
 
     p_h gets S as each chunk finds it. A chunk is read BR rows at a time.
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_nh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     first, last = tl.load(p_first + i_n), tl.load(p_first + i_n + 1)
     b_h = tl.zeros([BK, BV], dtype=tl.float32)
@@ -204,7 +204,7 @@ def adjoints_kernel(
 
     p_dh gets E, the gradient of the state after each chunk; p_first_state that of the initial state.
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_nh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     first, last = tl.load(p_first + i_n), tl.load(p_first + i_n + 1)
     b_dh = tl.zeros([BK, BV], dtype=tl.float32)
@@ -427,7 +427,7 @@ class _Pass:
         return chunks, self.q.new_empty((self.table.sequences, *shape), dtype=torch.float32)
 
     def scan_grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.tiles["V"], self.scan_tiles["BV"]), self.table.sequences * self.heads
+        return self.table.sequences * self.heads, triton.cdiv(self.tiles["V"], self.scan_tiles["BV"])
 
 
 def forward(

@@ -113,7 +113,7 @@ def walk_kernel(
     Forward: read = W, x = e k, z = V, write = e b. Reverse: Y = A_qb^T do, read = e b, x = p q, z = do, write = W, so
     that S is the gradient E, and U is dU. p_h gets S as each chunk finds it. A chunk is read BR rows at a time.
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_nh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     head, end = tl.load(p_first + i_n), tl.load(p_first + i_n + 1)
     o_k = tl.arange(0, BK)
@@ -258,7 +258,7 @@ class _Pass:
         shape = (self.heads, tiles["K"], tiles["V"])
         states, u = self.q.new_empty((self.table.chunks, *shape)), torch.empty_like(self.v)
         last_state = self.q.new_empty((self.table.sequences, *shape), dtype=torch.float32)
-        walk_kernel[(triton.cdiv(tiles["V"], tiles["BV"]), self.table.sequences * self.heads)](
+        walk_kernel[(self.table.sequences * self.heads, triton.cdiv(tiles["V"], tiles["BV"]))](
             *operands,
             self.last,
             last_state if first_state is None else first_state.contiguous(),

@@ -70,7 +70,7 @@ def states_kernel(
 
     Forward: x = k, y = v, w = exp(G_C - G). Reverse: x = scale q, y = do, w = exp(G).
     """
-    i_k, i_v, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_nh, i_k, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     i_n, i_h = i_nh // H, i_nh % H
     first, last = tl.load(p_first + i_n), tl.load(p_first + i_n + 1)
     b_h = tl.zeros([BK, BV], dtype=tl.float32)
@@ -231,7 +231,7 @@ def _states(
     heads, key, value = x.shape[2], tiles["K"], tiles["V"]
     states = x.new_empty((table.chunks, heads, key, value))
     last = x.new_empty((table.sequences, heads, key, value), dtype=torch.float32)
-    grid = (triton.cdiv(key, tiles["BK"]), triton.cdiv(value, tiles["BV"]), table.sequences * heads)
+    grid = (table.sequences * heads, triton.cdiv(key, tiles["BK"]), triton.cdiv(value, tiles["BV"]))
     states_kernel[grid](
         x,
         y,

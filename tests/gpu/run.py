@@ -1,7 +1,7 @@
-"""Everything that needs an NVIDIA GPU: the tests marked ``gpu``, then the benchmark.
+"""Everything that needs an NVIDIA GPU: the tests marked ``gpu`` and those of the Triton kernels, then the benchmarks.
 
 ``python tests/gpu/run.py [--out FOLDER]`` ends with a short table and writes ``gpu.json``. Without
-a GPU it says "not measured", and runs the benchmark once on a tiny model on the CPU, so that
+a GPU it says "not measured", and runs the benchmarks once on tiny sizes on the CPU, so that
 the commands themselves are known to work.
 """
 
@@ -20,12 +20,21 @@ from mstc.cli.environment import describe_machine, describe_versions
 
 SYSTEMS = "eager,ckpt,inductor,inductor-causal,mstc"
 ON_GPU = ["--device", "cuda", "--dtype", "bfloat16", "--seq", "8192,32768", "--rounds", "2", "--steps", "5"]
+KERNEL_TESTS = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_delta.py"]
 DRY_RUN = ["--device", "cpu", "--model", "llama-tiny", "--seq", "64", "--systems", "eager,ckpt", "--steps", "1"]
 
 
 def run(*command: str) -> int:
     print("$", " ".join(command), flush=True)
     return subprocess.run([sys.executable, "-m", *command], check=False).returncode
+
+
+def bench_kernels(out: Path) -> tuple[int, dict[str, Any]]:
+    """The kernels beside flash attention and fla-core; the exit status and what was written."""
+    path = out / "kernels.json"
+    path.unlink(missing_ok=True)
+    status = run("mstc.kernels.bench", "--gpu", "--json", str(path))
+    return status, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def bench(out: Path, arguments: list[str]) -> tuple[int, dict[str, Any]]:
@@ -42,22 +51,27 @@ def main() -> int:
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
-    tests = run("pytest", "-m", "gpu", "tests", *([] if gpu else ["--collect-only", "-q"]))
+    only_collect = [] if gpu else ["--collect-only", "-q"]
+    tests = run("pytest", "-m", "gpu", "tests", *only_collect)
+    kernel_tests = run("pytest", *KERNEL_TESTS, *only_collect)
+    kernel_status, kernels = bench_kernels(out)
     status, measured = bench(out, ["--systems", SYSTEMS, *ON_GPU] if gpu else DRY_RUN)
     report = {
         "versions": describe_versions(),
         "machine": describe_machine(),
         "tests": ("passed" if tests == 0 else "failed") if gpu else "not measured",
+        "kernel_tests": ("passed" if kernel_tests == 0 else "failed") if gpu else "not measured",
         "bench": measured if gpu else "not measured",
-        "dry_run": None if gpu else ("worked" if status == 0 else "failed"),
+        "kernels": kernels if gpu else "not measured",
+        "dry_run": None if gpu else ("worked" if status == kernel_status == 0 else "failed"),
     }
     (out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_table(report)
-    return int(tests != 0 or status != 0)
+    return int(any((tests, kernel_tests, kernel_status, status)))
 
 
 def print_table(report: dict[str, Any]) -> None:
-    print(f"\ntests on a GPU      {report['tests']}")
+    print(f"\ntests on a GPU      {report['tests']}; of the kernels {report['kernel_tests']}")
     if report["bench"] == "not measured":
         print("benchmark on a GPU  not measured (no NVIDIA GPU here)")
         print(f"dry run on the CPU  {report['dry_run']}")

@@ -28,7 +28,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, standalone_compile
 from torch._inductor import metrics as inductor_metrics
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._logging._internal import trace_log, trace_structured
@@ -55,6 +55,7 @@ __all__ = [
     "allocating_by",
     "autograd_function_apply",
     "capture",
+    "compile_for",
     "compile_name",
     "count_auto_chunkings",
     "draws_as_eager",
@@ -328,6 +329,22 @@ def trace_flat(
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
+
+
+def compile_for(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """``function`` compiled by Inductor for contiguous tensors of these shapes and dtypes, which no call checks.
+
+    Guards and the unpacking around them take longer than a small body does. A product and its sum are rounded
+    once, together (fma), as ``addcmul`` does eagerly; Inductor's default rounds twice.
+    """
+    with torch.no_grad():
+        # A function of its own: annotations on the graph's would keep Inductor's cache from naming it.
+        graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="fake")(*examples)
+        patches = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+        compiled: Callable[..., Any] = standalone_compile(
+            graph, list(examples), dynamic_shapes="from_example_inputs", options={"config_patches": patches}
+        )
+    return compiled
 
 
 @contextlib.contextmanager

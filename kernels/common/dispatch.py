@@ -11,15 +11,17 @@ from torch import Tensor
 
 from mstc.kernels.common.checks import fail
 
-__all__ = ["triton_form"]
+__all__ = ["takes_triton", "triton_form"]
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """float64 takes the chunked form on a GPU too: it is made of matrix products, and runs on any device."""
+    return tensor.device.type == "cuda" and tensor.dtype != torch.float64
 
 
 def triton_form(tensor: Tensor, name: str) -> ModuleType | None:
-    """The Triton module of class ``name`` for a tensor on a GPU; None for the chunked form.
-
-    float64 takes the chunked form on a GPU too: it is made of matrix products, and runs on any device.
-    """
-    if tensor.device.type != "cuda" or tensor.dtype == torch.float64:
+    """The Triton module of class ``name`` for a tensor that takes Triton; None for the chunked form."""
+    if not takes_triton(tensor):
         return None
     if find_spec("triton") is None:
         raise fail("q", f"device {tensor.device} without Triton", "a CPU tensor, or `pip install triton`")

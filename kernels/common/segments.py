@@ -56,28 +56,29 @@ class Span:
     stop: int
     state: int
     first_slot: int
+    segment: int
 
     def segments(self) -> Iterator[tuple[int, int, int]]:
         """(slot, start, stop) of each segment, in order."""
-        for i, start in enumerate(range(self.start, self.stop, SEGMENT)):
-            yield self.first_slot + i, start, min(start + SEGMENT, self.stop)
+        for i, start in enumerate(range(self.start, self.stop, self.segment)):
+            yield self.first_slot + i, start, min(start + self.segment, self.stop)
 
 
-def count_states(tokens: int, documents: int | None) -> int:
+def count_states(tokens: int, documents: int | None, segment: int = SEGMENT) -> int:
     """How many slots of kept states [slot, B, H, K, V] a forward over T tokens needs at most."""
-    return (tokens + SEGMENT - 1) // SEGMENT if documents is None else tokens // SEGMENT + documents
+    return (tokens + segment - 1) // segment if documents is None else tokens // segment + documents
 
 
-def spans(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[Span]:
-    """The spans of a batch, or of its packed documents."""
+def spans(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int = SEGMENT) -> list[Span]:
+    """The spans of a batch, or of its packed documents, with a kept state per ``segment`` tokens."""
     if cu_seqlens is None:
         rows = max(1, ROW_TOKENS // tokens)
-        return [Span(b, min(rows, batch - b), 0, tokens, b, 0) for b in range(0, batch, rows)]
+        return [Span(b, min(rows, batch - b), 0, tokens, b, 0, segment) for b in range(0, batch, rows)]
     found, slot = [], 0
     offsets = check_offsets(cu_seqlens, tokens)
     for i, (start, stop) in enumerate(pairwise(offsets)):
-        found.append(Span(0, 1, start, stop, i, slot))
-        slot += -(-(stop - start) // SEGMENT)
+        found.append(Span(0, 1, start, stop, i, slot, segment))
+        slot += -(-(stop - start) // segment)
     return found
 
 

@@ -12,8 +12,7 @@ and, with W_t = dh_t exp(dt_t A) h_{t-1} and u = dt x,
     dA = sum_t W_t dt_t    ddt_t = sum_n W_t A + x_t du_t    dx = dt du    du_t = sum_n dh_t B_t
     dB_t = sum_d dh_t u_t  dC_t = sum_d dy_t h_t
 
-Written for eager torch: Inductor fuses the steps into a kernel that computes them anew, more than 8
-times slower.
+Written for eager torch; ``blocks.py`` is what Inductor gets.
 Layout in a segment: step, row, chunk, channel, column [L, X, M, D, N].
 """
 
@@ -24,10 +23,12 @@ from torch import Tensor
 
 from mstc.kernels.common.segments import Span, count_states, spans, state_dtype
 
-__all__ = ["STEPS", "run_backward", "run_forward"]
+__all__ = ["SEGMENT_TOKENS", "STEPS", "run_backward", "run_forward"]
 
 STEPS = 16
 """L: a longer chunk takes more steps, a shorter one a longer scan over the chunks' states."""
+SEGMENT_TOKENS = 128
+"""Tokens of a segment: what is worked on at once should stay near the cores."""
 
 
 def _decays(dt: Tensor, a: Tensor) -> Tensor:
@@ -114,10 +115,10 @@ def run_forward(
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y, matrix = x.new_empty(x.shape), a.to(dtype)
     final = x.new_zeros((documents or batch, *a.shape), dtype=dtype)
-    kept = x.new_zeros((count_states(length, documents), batch, *a.shape), dtype=dtype)
+    kept = x.new_zeros((count_states(length, documents, SEGMENT_TOKENS), batch, *a.shape), dtype=dtype)
     if initial_state is not None:
         final.copy_(initial_state)
-    for span in spans(batch, length, cu_seqlens):
+    for span in spans(batch, length, cu_seqlens, SEGMENT_TOKENS):
         rows, states = slice(span.row, span.row + span.rows), slice(span.state, span.state + span.rows)
         state = final[states].clone()
         for slot, start, stop in span.segments():
@@ -149,7 +150,7 @@ def run_backward(
     initial = kept.new_zeros((documents or batch, *a.shape))
     if grad_final is not None:
         initial.copy_(grad_final)
-    for span in spans(batch, length, cu_seqlens):
+    for span in spans(batch, length, cu_seqlens, SEGMENT_TOKENS):
         rows, states = slice(span.row, span.row + span.rows), slice(span.state, span.state + span.rows)
         grad_state = initial[states].clone()
         for slot, start, stop in reversed(list(span.segments())):

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mstc.kernels.common.autocast import register_autocast
 from mstc.kernels.common.checks import check_device, check_dtype, check_offsets_form, check_shape, fail
-from mstc.kernels.common.dispatch import triton_form
-from mstc.kernels.common.segments import count_states, state_dtype
-from mstc.kernels.selective_scan import chunked
+from mstc.kernels.common.dispatch import takes_triton, triton_form
+from mstc.kernels.common.segments import SEGMENT, count_states, state_dtype
+from mstc.kernels.selective_scan import blocks, chunked
 from mstc.kernels.selective_scan.reference import step
 
 __all__ = ["selective_scan", "selective_scan_backward", "selective_scan_core"]
@@ -27,13 +27,31 @@ def selective_scan_core(
     c: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final states, kept states)."""
+    """(y, final states, kept states); ``compiled``: on a CPU, through Inductor (meant for one thread)."""
+    outputs: tuple[Tensor, Tensor, Tensor]
     kernels = triton_form(x, "selective_scan")
     if kernels is not None:
-        outputs: tuple[Tensor, Tensor, Tensor] = kernels.forward(x, dt, a, b, c, initial_state, cu_seqlens)
-        return outputs
-    return chunked.run_forward(x, dt, a, b, c, initial_state, cu_seqlens)
+        outputs = kernels.forward(x, dt, a, b, c, initial_state, cu_seqlens)
+    else:
+        form = blocks if _takes_blocks(x, compiled) else chunked
+        outputs = form.run_forward(x, dt, a, b, c, initial_state, cu_seqlens)
+    return outputs
+
+
+def _takes_blocks(x: Tensor, compiled: bool) -> bool:
+    return compiled and x.device.type == "cpu"
+
+
+def _kept_shape(x: Tensor, a: Tensor, documents: int | None, compiled: bool) -> tuple[int, ...]:
+    """Of the states that the backward starts from: [slot, B, D, N], or [slot, B, N, D] in blocks."""
+    blockwise, segment = _takes_blocks(x, compiled), chunked.SEGMENT_TOKENS
+    if takes_triton(x):
+        segment = SEGMENT
+    elif blockwise:
+        segment = blocks.segment_tokens(a.shape[1])
+    return (count_states(x.shape[1], documents, segment), x.shape[0], *(a.mT.shape if blockwise else a.shape))
 
 
 @selective_scan_core.register_fake
@@ -45,12 +63,13 @@ def _(
     c: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _ = x.shape
+    batch = x.shape[0]
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = state_dtype(x.dtype)
     final = x.new_empty((batch if documents is None else documents, *a.shape), dtype=dtype)
-    kept = x.new_empty((count_states(length, documents), batch, *a.shape), dtype=dtype)
+    kept = x.new_empty(_kept_shape(x, a, documents, compiled), dtype=dtype)
     return x.new_empty(x.shape), final, kept
 
 
@@ -65,6 +84,7 @@ def selective_scan_backward(
     c: Tensor,
     kept: Tensor,
     cu_seqlens: Tensor | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, dt, a, b, c and the initial states."""
     found: Any
@@ -72,7 +92,8 @@ def selective_scan_backward(
     if kernels is not None:
         found = kernels.backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
     else:
-        found = chunked.run_backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
+        form = blocks if _takes_blocks(x, compiled) else chunked
+        found = form.run_backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
     return found  # type: ignore[no-any-return]
 
 
@@ -87,6 +108,7 @@ def _(
     c: Tensor,
     kept: Tensor,
     cu_seqlens: Tensor | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dx, ddt, da, db, dc = (t.new_empty(t.shape) for t in (x, dt, a, b, c))
@@ -94,7 +116,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial_state, cu_seqlens = inputs
+    *tensors, initial_state, cu_seqlens, ctx.compiled = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
@@ -104,9 +126,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens, kept = ctx.saved_tensors
     grad_out = torch.zeros_like(tensors[0]) if grad_out is None else grad_out
-    *grads, initial = selective_scan_backward(grad_out, grad_final, *tensors, kept, cu_seqlens)
+    *grads, initial = selective_scan_backward(grad_out, grad_final, *tensors, kept, cu_seqlens, ctx.compiled)
     state = None if ctx.state_dtype is None else initial.to(ctx.state_dtype)
-    return *grads, state, None
+    return *grads, state, None, None
 
 
 selective_scan_core.register_autograd(_backward, setup_context=_setup_context)
@@ -180,12 +202,22 @@ def selective_scan(
     if cu_seqlens is None and x.shape[1] == 1:
         y, final = _one_token(x, dt, A, B, C, initial_state)
     else:
-        y, final, _ = selective_scan_core(x, dt, A, B, C, initial_state, cu_seqlens)
+        compiled = torch.compiler.is_compiling() and _one_thread()
+        y, final, _ = selective_scan_core(x, dt, A, B, C, initial_state, cu_seqlens, compiled)
     if D is not None:
         y = y + (D * x).to(y.dtype)
     if z is not None:
         y = y * torch.nn.functional.silu(z)
     return (y, final) if output_final_state else y
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _one_thread() -> bool:
+    """Over several threads each of the many short bodies waits for all of them: on a busy machine for long.
+
+    Dynamo guards the number of threads, but does not trace the question.
+    """
+    return torch.get_num_threads() == 1
 
 
 def _one_token(

@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 
 from mstc.kernels import KernelArgumentError, selective_scan
 from mstc.kernels.common.segments import SEGMENT
+from mstc.kernels.selective_scan import blocks
 from mstc.kernels.selective_scan.op import selective_scan_core
 from mstc.kernels.selective_scan.reference import reference
 
@@ -119,13 +120,64 @@ def test_decoding_token_by_token(compare: Compare) -> None:
 
 def test_opcheck() -> None:
     i = {n: t.requires_grad_() for n, t in make(40).items()}
-    torch.library.opcheck(selective_scan_core, (i["x"], i["dt"], i["A"], i["B"], i["C"], i["initial_state"], None))
+    for compiled in (False, True):
+        tensors = (i["x"], i["dt"], i["A"], i["B"], i["C"], i["initial_state"])
+        torch.library.opcheck(selective_scan_core, (*tensors, None, compiled))
 
 
-def test_compiles_whole() -> None:
+@pytest.mark.parametrize(("threads", "blockwise"), [(1, True), (2, False)])
+def test_compiled_code_takes_blocks_on_one_thread(
+    threads: int, blockwise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture sets the number of threads back."""
+    taken: list[bool] = []
+    original = blocks.run_forward
+    monkeypatch.setattr(blocks, "run_forward", lambda *a: taken.append(True) or original(*a))
+    torch.set_num_threads(threads)
     inputs = make(40)
     form = torch.compile(op, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(form(**inputs), op(**inputs))
+    assert bool(taken) == blockwise
+
+
+def compiled_op(**inputs: Any) -> tuple[Tensor, Tensor]:
+    """The form of compiled code, from its op on: no outer compilation per shape."""
+    y, final, _ = selective_scan_core(
+        *(inputs[n] for n in ("x", "dt", "A", "B", "C", "initial_state")), inputs.get("cu_seqlens"), True
+    )
+    return y, final
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blocks_match_the_recurrence(length: int, extreme: bool, compare: Compare) -> None:
+    inputs = make(length, extreme=extreme, batch=1 if length > 100 else 2)
+    compare(compiled_op, lambda **i: core_exact(**i), without_gate(inputs))
+
+
+def test_blocks_in_half_precision(compare: Compare) -> None:
+    compare(compiled_op, lambda **i: core_exact(**i), without_gate(make(130, torch.bfloat16)))
+
+
+def test_blocks_of_packed_documents(compare: Compare) -> None:
+    lengths = [5, 0, 64, blocks.STRETCH + 3, 1]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = without_gate(make(sum(lengths), batch=1))
+    inputs["initial_state"] = torch.randn(len(lengths), *inputs["initial_state"].shape[1:])
+    compare(lambda **i: compiled_op(**i, cu_seqlens=offsets), lambda **i: core(**i, cu_seqlens=offsets), inputs)
+
+
+def test_blocks_of_some_channels_and_long_segments(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 channels, each with its gradients of A, and their sums into those of B and C; 64 tokens a segment."""
+    monkeypatch.setattr(blocks, "TILE", 4 * 5)
+    monkeypatch.setattr(blocks, "segment_tokens", lambda columns: 64)
+    compare(compiled_op, lambda **i: core_exact(**i), without_gate(make(150)))
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(1, 32), (16, 32), (17, 64), (64, 128), (1000, 512)])
+def test_kept_states_are_at_most_half_the_channels_per_token(columns: int, tokens: int) -> None:
+    assert blocks.segment_tokens(columns) == tokens
+    assert blocks.STRETCH % tokens == 0
 
 
 def test_split_anywhere() -> None:

@@ -1,0 +1,251 @@
+"""The selective scan on a CPU, a few tokens at a time in registers: bodies for Inductor and the loop around them.
+
+A body takes a block of L tokens and writes the recurrence out, token after token, as elementwise
+code over [N, D]. Inductor makes one loop of it in which a lane keeps its state in a register, so that
+each exponential is made once per walk and nothing of size [T, N, D] is ever held; sums over N and D follow
+while the block is in the cache. Short blocks are best: what a block keeps for its sums is L N D
+numbers, and must fit there; channels are taken in tiles of TILE / N for the same reason.
+
+The forward keeps a state per segment of S tokens; S grows with N, so that they are at most D / 2 numbers
+per token (up to N = 256). The backward walks from there to the state before each block, then takes the blocks in
+reverse (the equations are in ``chunked.py``): with W_t = exp(dt_t A) dh_t and P_t = W_t h_{t-1},
+
+    dh_t = C_t dy_t + W_{t+1}    ddt_t = sum_n P_t A + x_t du_t    dA = sum_t P_t dt_t
+
+A tail is padded with zero tokens: dt = 0 leaves the state as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mstc.kernels.common.segments import Span, count_states, spans, state_dtype
+
+__all__ = ["run_backward", "run_forward", "segment_tokens"]
+
+FORWARD_TOKENS = 16
+REVERSE_TOKENS = 8
+"""L: longer blocks take fewer calls; the reverse one keeps three times as much and runs out of registers sooner."""
+WALK_TOKENS = 32
+"""Tokens of one walk towards the states before the blocks of a segment."""
+TILE = 8192
+"""Channels times columns worked on at once: 256 KiB of states per 8 tokens in float32."""
+STRETCH = 512
+"""Tokens that are converted and padded at once; a multiple of every segment."""
+
+Block = tuple[Tensor, ...]
+
+
+def segment_tokens(columns: int) -> int:
+    """S: tokens from one kept state to the next, a power of two of at least 32 and 2 N, at most STRETCH."""
+    tokens = WALK_TOKENS
+    while tokens < min(2 * columns, STRETCH):
+        tokens *= 2
+    return tokens
+
+
+def _walk(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The decay of each token and the states, the one before the first token included."""
+    decays, states = [], [state]
+    for x_t, dt_t, b_t in zip(x.unbind(0), dt.unbind(0), b.unbind(0), strict=True):
+        decays.append((dt_t * a).exp())
+        states.append(decays[-1] * states[-1] + (dt_t * x_t) * b_t.unsqueeze(-1))
+    return decays, states
+
+
+def forward_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Block:
+    """x, dt [L, D], a [N, D], b, c [L, N], state [N, D] -> (y [L, D], state after)."""
+    _, states = _walk(x, dt, a, b, state)
+    return (torch.stack(states[1:]) * c.unsqueeze(-1)).sum(1), states[-1]
+
+
+def walk_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Block:
+    """The states after every REVERSE_TOKENS tokens."""
+    return tuple(_walk(x, dt, a, b, state)[1][REVERSE_TOKENS::REVERSE_TOKENS])
+
+
+def reverse_block(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, dy: Tensor, state: Tensor, grad_state: Tensor, da: Tensor
+) -> Block:
+    """(dx, ddt, db, dc, dA so far, gradient of the state before); ``grad_state``: that of the state after."""
+    decays, states = _walk(x, dt, a, b, state)
+    grads: list[Tensor] = []
+    products: list[Tensor] = []
+    for t in reversed(range(x.shape[0])):
+        grads.insert(0, grad_state + dy[t] * c[t].unsqueeze(-1))
+        grad_state = decays[t] * grads[0]
+        products.insert(0, grad_state * states[t])
+        da = da + products[0] * dt[t]
+    dh = torch.stack(grads)
+    du = (dh * b.unsqueeze(-1)).sum(1)
+    ddt = (torch.stack(products) * a).sum(1) + x * du
+    db = (dh * (dt * x).unsqueeze(1)).sum(-1)
+    dc = (torch.stack(states[1:]) * dy.unsqueeze(1)).sum(-1)
+    return dt * du, ddt, db, dc, da, grad_state
+
+
+@cache
+def _compile(
+    function: Callable[..., Block], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, threads: int
+) -> Callable[..., Block]:
+    from mstc.compat import compile_for
+
+    return compile_for(function, [torch.zeros(shape, dtype=dtype) for shape in shapes])
+
+
+def _body(function: Callable[..., Block], *examples: Tensor) -> Callable[..., Block]:
+    """``function`` for contiguous tensors of these shapes; the number of threads is part of the code that is made."""
+    shapes = tuple(tuple(e.shape) for e in examples)
+    return _compile(function, shapes, examples[0].dtype, torch.get_num_threads())
+
+
+def _tiles(a: Tensor) -> list[slice]:
+    """The channels of A [D, N], in equal parts as far as that goes."""
+    channels, columns = a.shape
+    parts = -(-channels * columns // TILE)
+    width = -(-channels // parts)
+    return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
+
+
+def _load(tensor: Tensor, row: int, start: int, stop: int, columns: slice, segment: int, dtype: torch.dtype) -> Tensor:
+    """Tokens [start, stop) of a row, as whole segments."""
+    part = tensor[row, start:stop, columns]
+    rest = -part.shape[0] % segment
+    return (pad(part, (0, 0, 0, rest)) if rest else part).to(dtype).contiguous()
+
+
+def _stretches(span: Span, segment: int) -> Iterator[tuple[int, int, int]]:
+    """(slot of the first kept state, start, stop) of each stretch of a span."""
+    for start in range(span.start, span.stop, STRETCH):
+        yield span.first_slot + (start - span.start) // segment, start, min(start + STRETCH, span.stop)
+
+
+def _rows(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int) -> Iterator[tuple[int, int, Span]]:
+    """(row, state, span) of each sequence."""
+    for span in spans(batch, tokens, cu_seqlens, segment):
+        for i in range(span.rows):
+            yield span.row + i, span.state + i, span
+
+
+def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, kept: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A stretch of whole segments: part x, dt, b, c; fills kept [segments, N, D]. Returns y and the state after."""
+    blocks = list(zip(*(torch.split(p, FORWARD_TOKENS) for p in part), strict=True))
+    body = _body(forward_block, *blocks[0][:2], matrix, *blocks[0][2:], state)
+    per_segment = len(blocks) // kept.shape[0]
+    outs = []
+    for i, (x, dt, b, c) in enumerate(blocks):
+        if i % per_segment == 0:
+            kept[i // per_segment] = state
+        out, state = body(x, dt, matrix, b, c, state)
+        outs.append(out)
+    return torch.cat(outs), state
+
+
+@torch.no_grad()
+def run_forward(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final states [S, D, N], the state at each segment's start [slot, B, N, D])."""
+    batch, length, channels = x.shape
+    columns, dtype, segment = a.shape[1], state_dtype(x.dtype), segment_tokens(a.shape[1])
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y, whole = x.new_empty(x.shape), slice(None)
+    final = x.new_zeros((documents or batch, *a.shape), dtype=dtype)
+    kept = x.new_zeros((count_states(length, documents, segment), batch, columns, channels), dtype=dtype)
+    if initial_state is not None:
+        final.copy_(initial_state)
+    for tile in _tiles(a):
+        matrix = a[tile].to(dtype).mT.contiguous()
+        for row, sequence, span in _rows(batch, length, cu_seqlens, segment):
+            state = final[sequence, tile].mT.contiguous()
+            for slot, start, stop in _stretches(span, segment):
+                loads = ((x, tile), (dt, tile), (b, whole), (c, whole))
+                part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
+                states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
+                out, state = _forward_stretch(part, matrix, states, state)
+                y[row, start:stop, tile] = out[: stop - start]
+            final[sequence, tile] = state.mT
+    return y, final, kept
+
+
+def _states_before(part: Sequence[Tensor], matrix: Tensor, state: Tensor) -> list[Tensor]:
+    """The state before each block of a segment: part x, dt [S, D], b [S, N]."""
+    states = [state]
+    last = part[0].shape[0] - REVERSE_TOKENS
+    for start in range(0, last, WALK_TOKENS):
+        x, dt, b = (p[start : min(start + WALK_TOKENS, last)] for p in part)
+        states.extend(_body(walk_block, x, dt, matrix, b, state)(x, dt, matrix, b, states[-1]))
+    return states
+
+
+def _reverse_stretch(
+    part: Sequence[Tensor], matrix: Tensor, kept: Tensor, grad_state: Tensor, da: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """A stretch of whole segments in reverse: part x, dt, b, c, dy; kept [segments, N, D].
+
+    Returns (dx, ddt, db, dc), the gradient of the state before it, and dA so far.
+    """
+    blocks = list(zip(*(torch.split(p, REVERSE_TOKENS) for p in part), strict=True))
+    body = _body(reverse_block, *blocks[0][:2], matrix, *blocks[0][2:], grad_state, grad_state, da)
+    segment = part[0].shape[0] // kept.shape[0]
+    found: list[Block] = []
+    for i in reversed(range(kept.shape[0])):
+        tokens = slice(i * segment, (i + 1) * segment)
+        before = _states_before([p[tokens] for p in part[:3]], matrix, kept[i].contiguous())
+        first = i * len(before)
+        for j in reversed(range(len(before))):
+            x, dt, b, c, dy = blocks[first + j]
+            *grads, da, grad_state = body(x, dt, matrix, b, c, dy, before[j], grad_state, da)
+            found.append(tuple(grads))
+    return [torch.cat(g) for g in zip(*reversed(found), strict=True)], grad_state, da
+
+
+@torch.no_grad()
+def run_backward(
+    grad_out: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(dx, ddt, da, db, dc, gradient of the initial states)."""
+    batch, length, _ = x.shape
+    dtype, segment, whole = kept.dtype, segment_tokens(a.shape[1]), slice(None)
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    db, dc = (t.new_zeros(t.shape, dtype=dtype) for t in (b, c))
+    da, initial = a.new_empty(a.shape), kept.new_zeros((documents or batch, *a.shape))
+    if grad_final is not None:
+        initial.copy_(grad_final)
+    for tile in _tiles(a):
+        matrix = a[tile].to(dtype).mT.contiguous()
+        total = torch.zeros_like(matrix)
+        for row, sequence, span in _rows(batch, length, cu_seqlens, segment):
+            grad_state = initial[sequence, tile].mT.contiguous()
+            for slot, start, stop in reversed(list(_stretches(span, segment))):
+                loads = ((x, tile), (dt, tile), (b, whole), (c, whole), (grad_out, tile))
+                part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
+                states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
+                found, grad_state, total = _reverse_stretch(part, matrix, states, grad_state, total)
+                for grad, value in zip((dx, ddt), found[:2], strict=True):
+                    grad[row, start:stop, tile] = value[: stop - start]
+                for grad, value in zip((db, dc), found[2:], strict=True):
+                    grad[row, start:stop] += value[: stop - start]
+            initial[sequence, tile] = grad_state.mT
+        da[tile] = total.mT
+    return dx, ddt, da, db.to(b.dtype), dc.to(c.dtype), initial

@@ -2,9 +2,11 @@
 
     dx = dy - exp(y) * sum(dy over classes),   y = log_softmax(x)
 
-Where dy comes from a negative log-likelihood, each row of it has one entry that is not zero, so the sum is that entry.
-A compiler that fuses pointwise operations computes it over again, class by class: with a large vocabulary that costs
-as much as the rest of the loss. Terms that are the same for all classes (label smoothing) are added up as well.
+Where dy comes from a negative log-likelihood, or from picking one class per row (``gather``), each row of it has one
+entry that is not zero, so the sum is that entry; a picked entry is written as a comparison with the class's number,
+where ``scatter_add`` into zeros would be a buffer of all classes. A compiler that fuses pointwise operations computes
+the sum over again, class by class: with a large vocabulary that costs as much as the rest of the loss. Terms that are
+the same for all classes (label smoothing) are added up as well.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import torch
 import torch.fx as fx
 
 aten, prims = torch.ops.aten, torch.ops.prims
+_ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 _LOW = (torch.bfloat16, torch.float16)
 
 
 def use_class_sums(graph: fx.Graph) -> None:
     """Write out log-softmax gradients whose sums over classes are known."""
+    _place_picked(graph)
     for node in graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default):
         dy, y, dim, dtype = node.args
         value = node.meta["val"]
@@ -36,17 +40,33 @@ def use_class_sums(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _place_picked(graph: fx.Graph) -> None:
+    """``zeros.scatter_add(-1, index, x)`` with one index per row, as ``where(class == index, x, 0)``."""
+    for node in graph.find_nodes(op="call_function", target=aten.scatter_add.default):
+        base, dim, index, x = node.args
+        value, indices = node.meta["val"], index.meta["val"]
+        last = dim % max(value.dim(), 1) == value.dim() - 1 and isinstance(value.shape[-1], int)
+        one = (*value.shape[:-1], 1) == tuple(indices.shape) == tuple(x.meta["val"].shape)
+        if base.target not in _ZEROS or not (last and one):
+            continue
+        write = _Writer(graph, node)
+        classes = write(aten.arange.default, value.shape[-1], device=value.device)
+        new = write(aten.where.ScalarOther, write(aten.eq.Tensor, classes, index), x, 0)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
 class _Writer:
     """Adds calls before a node; each new node knows its value's shape."""
 
     def __init__(self, graph: fx.Graph, before: fx.Node) -> None:
         self._graph, self._before = graph, before
 
-    def __call__(self, target: Any, *args: Any) -> fx.Node:
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self._graph.inserting_before(self._before):
-            node = self._graph.call_function(target, args)
+            node = self._graph.call_function(target, args, kwargs)
         with self._before.meta["val"].fake_mode, torch.no_grad():
-            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
         return node
 
     def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -59,6 +79,8 @@ def _sum_over_classes(write: _Writer, dy: Any) -> fx.Node | None:
         return None
     if dy.target is aten.nll_loss_backward.default:
         return _entry(write, dy)
+    if dy.target is aten.where.ScalarOther and dy.args[2] == 0 and _is_class(dy.args[0]):
+        return dy.args[1]  # type: ignore[return-value]
     if dy.target is aten.add.Tensor and not dy.kwargs and all(_same_shape(a, dy) for a in dy.args):
         parts = [_sum_over_classes(write, a) for a in dy.args]
         return None if None in parts else write(aten.add.Tensor, *parts)
@@ -68,6 +90,15 @@ def _sum_over_classes(write: _Writer, dy: Any) -> fx.Node | None:
         if isinstance(classes, int) and value.dim() == dy.meta["val"].dim() and value.shape[-1] == 1:
             return write(aten.mul.Scalar, x, classes)
     return None
+
+
+def _is_class(condition: Any) -> bool:
+    """Whether one class of each row is meant, as `_place_picked` writes it."""
+    if not isinstance(condition, fx.Node) or condition.target is not aten.eq.Tensor:
+        return False
+    classes, index = condition.args
+    one = isinstance(index, fx.Node) and index.meta["val"].shape[-1] == 1
+    return one and isinstance(classes, fx.Node) and classes.target is aten.arange.default
 
 
 def _same_shape(x: Any, like: fx.Node) -> bool:

@@ -71,3 +71,35 @@ def test_other_gradients_stay(options: dict[str, Any]) -> None:
     given = torch.randn(()) if "reduction" in options else torch.randn(6)
     gm = rewritten(gradient(options), torch.randn(6, 7), given)
     assert gm.graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default)
+
+
+def picked(logits: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Log-probabilities of one class per row, as people pick them."""
+    with torch.enable_grad():
+        x = logits.detach().requires_grad_()
+        chosen = x.log_softmax(-1).gather(-1, TARGETS.clamp(max=6).unsqueeze(-1)).squeeze(-1)
+        return list(torch.autograd.grad(chosen, x, gradient))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_picked_classes_need_no_buffer_and_no_sum(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, given = torch.randn(6, 7, generator=generator).to(dtype), torch.randn(6, generator=generator).to(dtype)
+    gm = rewritten(picked, logits, given)
+    for target in (aten._log_softmax_backward_data.default, aten.scatter_add.default):
+        assert not gm.graph.find_nodes(op="call_function", target=target)
+    (expected,), (found,) = picked(logits, given), gm(logits, given)
+    torch.testing.assert_close(found, expected)
+
+
+def test_several_entries_per_row_stay() -> None:
+    def twice(logits: Tensor, gradient: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            two = x.log_softmax(-1).gather(-1, torch.stack([TARGETS.clamp(max=6), TARGETS.clamp(max=5)], -1))
+            return list(torch.autograd.grad(two.sum(-1), x, gradient))
+
+    logits, given = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    gm = rewritten(twice, logits, given)
+    assert gm.graph.find_nodes(op="call_function", target=aten.scatter_add.default)
+    torch.testing.assert_close(gm(logits, given), twice(logits, given))

@@ -34,6 +34,11 @@ class _Kernels(ModuleType):
         setattr(self, name, value)
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A submodule that is imported does not hide the public name that it shares (``selective_scan``)."""
+        if not (name in NAMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *NAMES})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_both_loops_are_the_scan() -> None:
     tensors = [t.double() for t in scan_inputs(Sizes(20, batch=2, channels=6, columns=3))]
     torch.testing.assert_close(indexed_loop(*tensors), token_loop(*tensors))
+
+
+def test_a_submodule_does_not_hide_the_name_that_it_shares() -> None:
+    code = "import mstc.kernels.selective_scan.op; from mstc.kernels import selective_scan as s; assert callable(s)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -38,8 +38,12 @@ _SIZES: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
+    """Also one thread: what attention needs besides, and with it the least peak, grows with their number."""
     torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 

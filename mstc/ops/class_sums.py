@@ -11,6 +11,7 @@ the same for all classes (label smoothing) are added up as well.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ _LOW = (torch.bfloat16, torch.float16)
 
 def use_class_sums(graph: fx.Graph) -> None:
     """Write out log-softmax gradients whose sums over classes are known."""
-    _place_picked(graph)
+    picked = _place_picked(graph)
     for node in graph.find_nodes(op="call_function", target=aten._log_softmax_backward_data.default):
         dy, y, dim, dtype = node.args
         value = node.meta["val"]
         if dim % max(value.dim(), 1) != value.dim() - 1:
             continue
         write = _Writer(graph, node)
-        total = _sum_over_classes(write, dy)
+        total = _sum_over_classes(write, dy, picked)
         if total is None:
             continue
         wide = torch.float32 if value.dtype in _LOW else value.dtype
@@ -40,8 +41,12 @@ def use_class_sums(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _place_picked(graph: fx.Graph) -> None:
-    """``zeros.scatter_add(-1, index, x)`` with one index per row, as ``where(class == index, x, 0)``."""
+def _place_picked(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """``zeros.scatter_add(-1, index, x)`` with one index per row, as ``where(class == index, x, 0)``.
+
+    Returns x for each such value: its sum over the classes, since every index is a class (``gather`` saw to that).
+    """
+    picked = {}
     for node in graph.find_nodes(op="call_function", target=aten.scatter_add.default):
         base, dim, index, x = node.args
         value, indices = node.meta["val"], index.meta["val"]
@@ -52,8 +57,10 @@ def _place_picked(graph: fx.Graph) -> None:
         write = _Writer(graph, node)
         classes = write(aten.arange.default, value.shape[-1], device=value.device)
         new = write(aten.where.ScalarOther, write(aten.eq.Tensor, classes, index), x, 0)
+        picked[new] = x
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+    return picked
 
 
 class _Writer:
@@ -73,16 +80,16 @@ class _Writer:
         return x if x.meta["val"].dtype == dtype else self(prims.convert_element_type.default, x, dtype)
 
 
-def _sum_over_classes(write: _Writer, dy: Any) -> fx.Node | None:
+def _sum_over_classes(write: _Writer, dy: Any, picked: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
     """The sum of a gradient over its last dimension, that dimension kept with size 1; None where it is not known."""
     if not isinstance(dy, fx.Node):
         return None
     if dy.target is aten.nll_loss_backward.default:
         return _entry(write, dy)
-    if dy.target is aten.where.ScalarOther and dy.args[2] == 0 and _is_class(dy.args[0]):
-        return dy.args[1]  # type: ignore[return-value]
+    if dy in picked:
+        return picked[dy]
     if dy.target is aten.add.Tensor and not dy.kwargs and all(_same_shape(a, dy) for a in dy.args):
-        parts = [_sum_over_classes(write, a) for a in dy.args]
+        parts = [_sum_over_classes(write, a, picked) for a in dy.args]
         return None if None in parts else write(aten.add.Tensor, *parts)
     if dy.target is aten.expand.default:
         x: Any = dy.args[0]
@@ -90,15 +97,6 @@ def _sum_over_classes(write: _Writer, dy: Any) -> fx.Node | None:
         if isinstance(classes, int) and value.dim() == dy.meta["val"].dim() and value.shape[-1] == 1:
             return write(aten.mul.Scalar, x, classes)
     return None
-
-
-def _is_class(condition: Any) -> bool:
-    """Whether one class of each row is meant, as `_place_picked` writes it."""
-    if not isinstance(condition, fx.Node) or condition.target is not aten.eq.Tensor:
-        return False
-    classes, index = condition.args
-    one = isinstance(index, fx.Node) and index.meta["val"].shape[-1] == 1
-    return one and isinstance(classes, fx.Node) and classes.target is aten.arange.default
 
 
 def _same_shape(x: Any, like: fx.Node) -> bool:

@@ -103,3 +103,16 @@ def test_several_entries_per_row_stay() -> None:
     gm = rewritten(twice, logits, given)
     assert gm.graph.find_nodes(op="call_function", target=aten.scatter_add.default)
     torch.testing.assert_close(gm(logits, given), twice(logits, given))
+
+
+def test_a_comparison_of_the_programs_own_is_not_taken_for_a_picked_class() -> None:
+    """Its index may be no class at all: then nothing is let through."""
+
+    def compared(logits: Tensor, gradient: Tensor) -> list[Tensor]:
+        one = torch.arange(7) == TARGETS.unsqueeze(-1)  # one of the targets is no class
+        dy = torch.where(one, gradient.unsqueeze(-1), 0.0)
+        return [aten._log_softmax_backward_data(dy, logits.log_softmax(-1), -1, logits.dtype)]
+
+    logits, given = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    gm = rewritten(compared, logits, given)
+    torch.testing.assert_close(gm(logits, given), compared(logits, given))

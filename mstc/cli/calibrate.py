@@ -11,11 +11,10 @@ from typing import Any
 
 import click
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.nn import functional as F
 
 from mstc.cli.arguments import device as device_argument
-from mstc.cli.console import make_console, make_table
+from mstc.cli.console import make_console, make_progress, make_table
 from mstc.plan.devices import Device, store, stored
 
 __all__ = ["calibrate"]
@@ -53,8 +52,7 @@ def calibrate(kind: str, seconds: float) -> None:
     """Measure matrix products, copies, attention, launches and transfers (collectives under torchrun); store them."""
     measured = Measured(kind, seconds)
     work = list(_work(measured))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
+    with make_progress(make_console(stderr=True)) as progress:
         task = progress.add_task("", total=len(work))
         for name, measure in work:
             progress.update(task, description=name)

@@ -1,11 +1,12 @@
-"""Consoles, tables and figures, the same in every command."""
+"""Consoles, progress bars, tables and figures, the same in every command."""
 
 from __future__ import annotations
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["make_console", "make_table", "number"]
+__all__ = ["make_console", "make_progress", "make_table", "number"]
 
 _PLAIN_WIDTH = 140  # columns of a table that goes to a file or a pipe
 
@@ -14,6 +15,12 @@ def make_console(*, stderr: bool = False) -> Console:
     """A console that does not squeeze its tables when nobody's terminal sets the width."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+def make_progress(console: Console) -> Progress:
+    """What is done now, a bar, how many of how many, and the time; it goes when all is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def make_table(title: str, *columns: str) -> Table:

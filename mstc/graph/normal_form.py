@@ -1,12 +1,12 @@
 """The normal form: one flat graph of functional ATen ops, before autograd, under one grad mode.
 
-What every later step may rely on (held by `mstc.graph.checker`):
+What every later step may rely on (held by `mstc.graph.checker`, but for the last):
 
 - nodes are placeholders, ``get_attr`` of constants, calls of ATen (or custom) ops, ``getitem`` and the output;
 - nothing is changed in place, except copies back into mutated inputs at the end;
 - ``torch.no_grad`` stretches are written as ``detach`` of what they read, so no node switches the grad mode;
 - every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``;
-- sizes are computed from the lengths of the inputs.
+- sizes are computed from the lengths of the inputs, where these tell them (`mstc.graph.lengths`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mstc.cli.arguments import counts, device, mstc_options, names
 from mstc.cli.bench.driver import WorkerError, run_job
@@ -18,7 +17,7 @@ from mstc.cli.bench.models import MODELS
 from mstc.cli.bench.summary import as_data, ratios_of, summarize
 from mstc.cli.bench.systems import DEFAULT, SYSTEMS
 from mstc.cli.bench.table import ratio_table, row_table
-from mstc.cli.console import make_console
+from mstc.cli.console import make_console, make_progress
 from mstc.cli.environment import available_cores, describe_machine, describe_versions
 
 __all__ = ["bench"]
@@ -81,8 +80,7 @@ def bench(
 def _run_rounds(jobs: list[Job], rounds: int, cold: bool, console: Console) -> Runs:
     """All jobs once per round, so that a slow spell of the machine hits all systems alike."""
     runs = Runs()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with make_progress(console) as progress:
         task = progress.add_task("", total=rounds * sum(job.steps + 1 for job in jobs))
         for number in range(rounds):
             for job in jobs:

@@ -109,7 +109,7 @@ def _mstc(model: Any, options: dict[str, Any]) -> LossFn:
     return torch.compile(_model_loss(model), backend="mstc", options=dict(options))
 
 
-SYSTEMS: dict[str, System] = {
+_USUAL = {
     "eager": System("eager", _eager, compiles=False),
     "ckpt": System("gradient checkpointing", _checkpointing, compiles=False),
     "inductor": System("Inductor", _inductor),
@@ -117,6 +117,9 @@ SYSTEMS: dict[str, System] = {
     "inductor-linear-ce": System(f"Inductor + F.linear_cross_entropy ({_HEAD_CHUNK})", _inductor_linear_ce),
     "inductor-causal": System("Inductor, causal mask removed by hand", _inductor_causal),
     "mstc": System("mstc", _mstc),
+}
+SYSTEMS: dict[str, System] = {
+    **_USUAL,
     "ckpt-selective": System("checkpointing, attention kept", _selective, compiles=False),
     **{
         f"inductor-budget-{budget:g}": System(
@@ -125,5 +128,5 @@ SYSTEMS: dict[str, System] = {
         for budget in _BUDGETS
     },
 }
-DEFAULT = tuple(name for name in SYSTEMS if name != "ckpt-selective" and "budget" not in name)
+DEFAULT = tuple(_USUAL)
 INDUCTOR_VARIANTS = tuple(name for name in DEFAULT if name.startswith("inductor"))

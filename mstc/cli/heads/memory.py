@@ -16,11 +16,10 @@ from pathlib import Path
 
 import click
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mstc.cli.arguments import names
 from mstc.cli.bench.meter import MB, meter_for
-from mstc.cli.console import make_console, make_table, number
+from mstc.cli.console import make_console, make_progress, make_table, number
 from mstc.cli.environment import describe_machine, describe_versions
 from mstc.cli.heads.programs import LEAVES, PROGRAMS, make_inputs, scalar_of
 from mstc.cli.heads.systems import SYSTEMS
@@ -116,8 +115,7 @@ def memory(
     jobs = [Job(system=s, program=p, **work) for p in programs for s in systems]  # type: ignore[arg-type]
     done: list[Measured] = []
     failures: list[dict[str, str]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
+    with make_progress(make_console(stderr=True)) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
             progress.update(task, description=f"{job.program}: {SYSTEMS[job.system].about}")

@@ -55,7 +55,7 @@ def run(
     if watcher is not None:
         watcher.start(gm)
     for step in PASSES:
-        if step.option and not ctx.options.enabled(step.option):
+        if not step.runs(ctx.options):
             continue
         done = _run_one(step, editor, ctx, report)
         if done.changed and stages is not None:
@@ -72,7 +72,7 @@ def prepare(gm: fx.GraphModule, ctx: Context, report: Report) -> None:
     """Apply the passes that come before the choice of loops, in place."""
     editor = Editor(gm)
     for step in PASSES[: PASSES.index(MEMORY_BUDGET)]:
-        if not step.option or ctx.options.enabled(step.option):
+        if step.runs(ctx.options):
             _run_one(step, editor, ctx, report)
 
 

@@ -94,6 +94,10 @@ class Pass:
     find: Callable[[fx.GraphModule, Context], Iterable[Any]]
     apply: Callable[[Editor, Any, Context], None]
 
+    def runs(self, options: Options) -> bool:
+        """Whether these options leave the pass switched on."""
+        return not self.option or options.enabled(self.option)
+
 
 def refuse(name: str, node: fx.Node, reason: str, remedy: str = "") -> Refusal:
     """A refusal that names the node and the user's own line."""

@@ -89,7 +89,7 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
     editor = Editor(copied)
     for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE):
-        sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if _runs(one, ctx) else []
+        sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if one.runs(ctx.options) else []
         for site in sites:
             one.apply(editor, site, trial)
         if sites:
@@ -204,10 +204,6 @@ def _choices_in_words(step: Step) -> list[str]:
 def _offloaded_in_words(step: Step) -> list[str]:
     size = sum(step.sizes[m] for c in step.calls for m in c.offloads)
     return [f"{size / MIB:.0f} MiB wait for the backward elsewhere"] if size else []
-
-
-def _runs(one: Pass, ctx: Context) -> bool:
-    return not one.option or ctx.options.enabled(one.option)
 
 
 def _nothing(gm: fx.GraphModule, inputs: Any) -> Any:

@@ -334,13 +334,14 @@ def trace_flat(
 def compile_for(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
     """``function`` compiled by Inductor for contiguous tensors of these shapes and dtypes, which no call checks.
 
-    Guards and the unpacking around them take longer than a small body does. A product and its sum are rounded
-    once, together (fma), as ``addcmul`` does eagerly; Inductor's default rounds twice.
+    Its code has one thread: a team of several, guards and the unpacking around them take longer than a small body
+    does. A product and its sum are rounded once, together (fma), as ``addcmul`` does eagerly; Inductor's default
+    rounds twice.
     """
     with torch.no_grad():
         # A function of its own: annotations on the graph's would keep Inductor's cache from naming it.
         graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="fake")(*examples)
-        patches = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+        patches = {"size_asserts": False, "cpp.threads": 1, "cpp.enable_floating_point_contract_flag": "fast"}
         compiled: Callable[..., Any] = standalone_compile(
             graph, list(examples), dynamic_shapes="from_example_inputs", options={"config_patches": patches}
         )

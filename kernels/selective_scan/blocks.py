@@ -13,6 +13,9 @@ reverse (the equations are in ``chunked.py``): with W_t = exp(dt_t A) dh_t and P
     dh_t = C_t dy_t + W_{t+1}    ddt_t = sum_n P_t A + x_t du_t    dA = sum_t P_t dt_t
 
 A tail is padded with zero tokens: dt = 0 leaves the state as it is.
+
+A body runs on one thread, whatever their number: it takes some 80 us, and a team of threads would meet several times
+in each, which takes as long where other programs run beside.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ def reverse_block(
 
 @cache
 def _compile(
-    function: Callable[..., Block], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, threads: int
+    function: Callable[..., Block], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
 ) -> Callable[..., Block]:
     from mstc.compat import compile_for
 
@@ -99,9 +102,8 @@ def _compile(
 
 
 def _body(function: Callable[..., Block], *examples: Tensor) -> Callable[..., Block]:
-    """``function`` for contiguous tensors of these shapes; the number of threads is part of the code that is made."""
-    shapes = tuple(tuple(e.shape) for e in examples)
-    return _compile(function, shapes, examples[0].dtype, torch.get_num_threads())
+    """``function`` for contiguous tensors of these shapes."""
+    return _compile(function, tuple(tuple(e.shape) for e in examples), examples[0].dtype)
 
 
 def _tiles(a: Tensor) -> list[slice]:
@@ -132,18 +134,23 @@ def _rows(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int) -> I
             yield span.row + i, span.state + i, span
 
 
-def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, kept: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """A stretch of whole segments: part x, dt, b, c; fills kept [segments, N, D]. Returns y and the state after."""
+def _write(target: Tensor, block: Tensor, start: int) -> None:
+    """Tokens from ``start`` on; what is padding is dropped. Block by block: a copy of a stretch would call threads."""
+    part = target[start : start + block.shape[0]]
+    part.copy_(block[: part.shape[0]])
+
+
+def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, y: Tensor, kept: Tensor, state: Tensor) -> Tensor:
+    """A stretch of whole segments: part x, dt, b, c; fills y [T, D], kept [segments, N, D]. Returns the state after."""
     blocks = list(zip(*(torch.split(p, FORWARD_TOKENS) for p in part), strict=True))
     body = _body(forward_block, *blocks[0][:2], matrix, *blocks[0][2:], state)
     per_segment = len(blocks) // kept.shape[0]
-    outs = []
     for i, (x, dt, b, c) in enumerate(blocks):
         if i % per_segment == 0:
             kept[i // per_segment] = state
         out, state = body(x, dt, matrix, b, c, state)
-        outs.append(out)
-    return torch.cat(outs), state
+        _write(y, out, i * FORWARD_TOKENS)
+    return state
 
 
 @torch.no_grad()
@@ -173,8 +180,7 @@ def run_forward(
                 loads = ((x, tile), (dt, tile), (b, whole), (c, whole))
                 part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
                 states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
-                out, state = _forward_stretch(part, matrix, states, state)
-                y[row, start:stop, tile] = out[: stop - start]
+                state = _forward_stretch(part, matrix, y[row, start:stop, tile], states, state)
             final[sequence, tile] = state.mT
     return y, final, kept
 
@@ -190,25 +196,35 @@ def _states_before(part: Sequence[Tensor], matrix: Tensor, state: Tensor) -> lis
 
 
 def _reverse_stretch(
-    part: Sequence[Tensor], matrix: Tensor, kept: Tensor, grad_state: Tensor, da: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor]:
+    part: Sequence[Tensor],
+    matrix: Tensor,
+    kept: Tensor,
+    grad_state: Tensor,
+    da: Tensor,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
     """A stretch of whole segments in reverse: part x, dt, b, c, dy; kept [segments, N, D].
 
-    Returns (dx, ddt, db, dc), the gradient of the state before it, and dA so far.
+    Fills the first two of ``grads``, dx and ddt [T, D], and adds to the others, db and dc [T, N]. Returns the gradient
+    of the state before the stretch, and dA so far.
     """
     blocks = list(zip(*(torch.split(p, REVERSE_TOKENS) for p in part), strict=True))
     body = _body(reverse_block, *blocks[0][:2], matrix, *blocks[0][2:], grad_state, grad_state, da)
     segment = part[0].shape[0] // kept.shape[0]
-    found: list[Block] = []
+    narrow: list[Block] = []
     for i in reversed(range(kept.shape[0])):
         tokens = slice(i * segment, (i + 1) * segment)
         before = _states_before([p[tokens] for p in part[:3]], matrix, kept[i].contiguous())
         first = i * len(before)
         for j in reversed(range(len(before))):
             x, dt, b, c, dy = blocks[first + j]
-            *grads, da, grad_state = body(x, dt, matrix, b, c, dy, before[j], grad_state, da)
-            found.append(tuple(grads))
-    return [torch.cat(g) for g in zip(*reversed(found), strict=True)], grad_state, da
+            dx, ddt, db, dc, da, grad_state = body(x, dt, matrix, b, c, dy, before[j], grad_state, da)
+            for grad, block in zip(grads[:2], (dx, ddt), strict=True):
+                _write(grad, block, (first + j) * REVERSE_TOKENS)
+            narrow.append((db, dc))
+    for grad, found in zip(grads[2:], zip(*reversed(narrow), strict=True), strict=True):
+        grad += torch.cat(found)[: grad.shape[0]]
+    return grad_state, da
 
 
 @torch.no_grad()
@@ -241,11 +257,8 @@ def run_backward(
                 loads = ((x, tile), (dt, tile), (b, whole), (c, whole), (grad_out, tile))
                 part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
                 states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
-                found, grad_state, total = _reverse_stretch(part, matrix, states, grad_state, total)
-                for grad, value in zip((dx, ddt), found[:2], strict=True):
-                    grad[row, start:stop, tile] = value[: stop - start]
-                for grad, value in zip((db, dc), found[2:], strict=True):
-                    grad[row, start:stop] += value[: stop - start]
+                grads = [g[row, start:stop, w] for g, w in ((dx, tile), (ddt, tile), (db, whole), (dc, whole))]
+                grad_state, total = _reverse_stretch(part, matrix, states, grad_state, total, grads)
             initial[sequence, tile] = grad_state.mT
         da[tile] = total.mT
     return dx, ddt, da, db.to(b.dtype), dc.to(c.dtype), initial

@@ -29,7 +29,7 @@ def selective_scan_core(
     cu_seqlens: Tensor | None,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final states, kept states); ``compiled``: on a CPU, through Inductor (meant for one thread)."""
+    """(y, final states, kept states); ``compiled``: on a CPU, through Inductor."""
     outputs: tuple[Tensor, Tensor, Tensor]
     kernels = triton_form(x, "selective_scan")
     if kernels is not None:
@@ -202,22 +202,13 @@ def selective_scan(
     if cu_seqlens is None and x.shape[1] == 1:
         y, final = _one_token(x, dt, A, B, C, initial_state)
     else:
-        compiled = torch.compiler.is_compiling() and _one_thread()
+        compiled = torch.compiler.is_compiling()
         y, final, _ = selective_scan_core(x, dt, A, B, C, initial_state, cu_seqlens, compiled)
     if D is not None:
         y = y + (D * x).to(y.dtype)
     if z is not None:
         y = y * torch.nn.functional.silu(z)
     return (y, final) if output_final_state else y
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _one_thread() -> bool:
-    """Over several threads each of the many short bodies waits for all of them: on a busy machine for long.
-
-    Dynamo guards the number of threads, but does not trace the question.
-    """
-    return torch.get_num_threads() == 1
 
 
 def _one_token(

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import silu
 
+from mstc import compat
 from mstc.kernels import KernelArgumentError, selective_scan
 from mstc.kernels.common.segments import SEGMENT
 from mstc.kernels.selective_scan import blocks
@@ -125,11 +127,9 @@ def test_opcheck() -> None:
         torch.library.opcheck(selective_scan_core, (*tensors, None, compiled))
 
 
-@pytest.mark.parametrize(("threads", "blockwise"), [(1, True), (2, False)])
-def test_compiled_code_takes_blocks_on_one_thread(
-    threads: int, blockwise: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fixture sets the number of threads back."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_code_takes_blocks(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of threads; the fixture sets it back."""
     taken: list[bool] = []
     original = blocks.run_forward
     monkeypatch.setattr(blocks, "run_forward", lambda *a: taken.append(True) or original(*a))
@@ -137,7 +137,27 @@ def test_compiled_code_takes_blocks_on_one_thread(
     inputs = make(40)
     form = torch.compile(op, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(form(**inputs), op(**inputs))
-    assert bool(taken) == blockwise
+    assert taken
+
+
+def test_bodies_are_compiled_once_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their code has one thread, so that it is the same."""
+    made: list[Any] = []
+    monkeypatch.setattr(compat, "compile_for", lambda function, examples: made.append(function) or function)
+    blocks._compile.cache_clear()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        compiled_op(**make(40))
+    blocks._compile.cache_clear()
+    assert made == [blocks.forward_block]
+
+
+def test_code_for_bodies_has_one_thread() -> None:
+    torch.set_num_threads(2)
+    doubled = torch.randn(64, 4096)
+    body, code = run_and_get_code(lambda: compat.compile_for(lambda x: (x.exp() + 1.25,), [doubled]))
+    torch.testing.assert_close(body(doubled)[0], doubled.exp() + 1.25)
+    assert "exp()" in code[0] and "omp parallel" not in code[0]
 
 
 def compiled_op(**inputs: Any) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ class Context:
     planning: the graph is a draft that never runs.
     counts, again: the plan under a memory budget: chunks of a loop by the names of the products in its region, and
     which loops (by those names) and mixers run again in the backward; products: those names by loop call;
-    offload: positions of the results of loops (by those names) and other calls that are offloaded.
+    offload: positions of the results of loops (by those names) and other calls that are offloaded;
+    saves: names of values inside a loop (by those names) that wait for its backward.
     """
 
     options: Options
@@ -60,6 +61,7 @@ class Context:
     again: dict[str, bool] = field(default_factory=dict)
     products: dict[str, tuple[str, ...]] = field(default_factory=dict)
     offload: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    saves: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     _analysis: Analysis | None = None
 
     def analysis(self, gm: fx.GraphModule) -> Analysis:

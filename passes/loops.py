@@ -21,7 +21,9 @@ from mstc.ops.build import Recipe, build
 from mstc.ops.program import Program
 from mstc.passes.base import Context
 from mstc.passes.seeds import find_seeds, write_seeds
+from mstc.plan.calls import Saving
 from mstc.plan.chunks import Chunks, choose, drafted
+from mstc.plan.saves import levels_of, saving
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LoopSite:
 
     chunks: how many; kept: for each output, whether it is kept anyway; recompute: the loop runs
     again in the backward; loss: gradients are computed in the forward; label: for people;
-    mixer: the loop runs over the queries of an attention.
+    mixer: the loop runs over the queries of an attention; saves: values inside it that wait for the backward.
     """
 
     region: Region
@@ -40,6 +42,7 @@ class LoopSite:
     loss: bool
     label: str
     mixer: bool = False
+    saves: tuple[fx.Node, ...] = ()
 
 
 def products_of(region: Region) -> tuple[str, ...]:
@@ -86,9 +89,9 @@ def _differentiable(sums: Sequence[fx.Node]) -> list[fx.Node]:
     return [s for s in sums if s.meta.get("needs_grad")]
 
 
-def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
-    """Put the loop in the region's place."""
-    recipe = Recipe(
+def recipe_of(site: LoopSite, ctx: Context) -> Recipe:
+    """How the site's region is to run, its saves left out."""
+    return Recipe(
         site.chunks.count,
         site.chunks.longest,
         ctx.training,
@@ -101,19 +104,37 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         site.label,
         ctx.options.lower == "inductor",
     )
+
+
+def savings_of(site: LoopSite, ctx: Context) -> list[Saving]:
+    """What the site's loop may save inside it, from little to much; nothing where it runs again as a whole."""
+    if site.loss or site.recompute or not ctx.training or dynamic_lengths(site.region):
+        return []
+    recipe = recipe_of(site, ctx)
+    found = []
+    for level in levels_of(site.region, recipe):
+        values = [site.region.nodes[i] for i in level]
+        program = build(*saving(site.region, recipe, values), ctx.compile_body)
+        found.append(Saving(tuple(v.name for v in values), program))
+    return found
+
+
+def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
+    """Put the loop in the region's place."""
     region = _resolve(editor, site.region)
-    program = build(region, recipe, ctx.compile_body)
+    program = build(*saving(region, recipe_of(site, ctx), site.saves), ctx.compile_body)
     like = (region.heavy or region.nodes)[-1]
     tokens, shared = [n for n, _ in region.tokens], list(region.shared)
     lengths = [editor.length(symbol, like=like) for symbol in program.lengths]
     if site.loss:
         seeds = _seeds(editor, region)
         call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seeds, lengths, program.key), like=like)
-        results = [*region.sums, *(n for n, _ in region.outputs)]
+        results = list(enumerate([*region.sums, *(n for n, _ in region.outputs)]))
     else:
         call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, lengths, program.key), like=like)
-        results = [*(n for n, _ in region.outputs), *region.sums]
-    pairs = [(old, _result(editor, call, i, old)) for i, old in enumerate(results)]
+        results = list(enumerate(n for n, _ in region.outputs))
+        results += list(enumerate(region.sums, start=len(program.outputs)))
+    pairs = [(old, _result(editor, call, i, old)) for i, old in results]
     removed = [n.name for n in (*region.nodes, *region.sums)]
     what = f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks"
     editor.replace_many(pairs, removed, what + (", gradients in the forward" if site.loss else ""))

@@ -20,9 +20,10 @@ from mstc.options import Budget
 from mstc.passes.base import Context, Pass, key_of, refuse
 from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.lm_head import LM_HEAD
+from mstc.passes.loops import products_of, savings_of
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.recompute import RECOMPUTE
-from mstc.plan.calls import Call, Step, read_step
+from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
 from mstc.plan.devices import Device, local
 from mstc.plan.memory import simulate
 from mstc.plan.solve import Solution, least_peak, solve
@@ -40,12 +41,13 @@ _LEVERS = {
 
 @dataclass(frozen=True)
 class BudgetSite:
-    """The plan: chunks per loop (by the names of its products), calls that run again, results that are offloaded, and
-    what is expected of it."""
+    """The plan: chunks per loop (by the names of its products), calls that run again, results that are offloaded,
+    values inside loops that are saved, and what is expected of it."""
 
     counts: dict[tuple[str, ...], int]
     again: dict[str, bool]
     offload: dict[str, tuple[int, ...]]
+    saves: dict[tuple[str, ...], tuple[str, ...]]
     lines: tuple[str, ...]
 
 
@@ -79,6 +81,7 @@ def apply(editor: Editor, site: BudgetSite, ctx: Context) -> None:
     ctx.counts.update(site.counts)
     ctx.again.update(site.again)
     ctx.offload.update(site.offload)
+    ctx.saves.update(site.saves)
     ctx.plan.extend(site.lines)
 
 
@@ -88,8 +91,10 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     trial = Context(ctx.options, ctx.training, compile_body=_nothing, planning=True)
     trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
     editor = Editor(copied)
+    savings: dict[tuple[str, ...], list[Saving]] = {}
     for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE):
         sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if one.runs(ctx.options) else []
+        savings |= {products_of(s.region): savings_of(s, trial) for s in sites if one is MINI_SEQUENCE}
         for site in sites:
             one.apply(editor, site, trial)
         if sites:
@@ -102,6 +107,7 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     step = read_step(copied, ctx.training)
     # Loops of earlier passes (attention by chunks of queries) are as they are.
     step.calls = [c if c.name in trial.products or c.program is None else _settled(c) for c in step.calls]
+    step = with_savings(step, {name: savings.get(products, ()) for name, products in trial.products.items()})
     return Draft(step, trial.products, dtype, device or local(widest.device.type))
 
 
@@ -187,7 +193,8 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
         *_choices_in_words(step),
         *_offloaded_in_words(step),
     )
-    return BudgetSite(counts, again, offload, lines)
+    saves = {draft.products[c.name]: c.saved for c in step.calls if c.saved}
+    return BudgetSite(counts, again, offload, saves, lines)
 
 
 def _choices_in_words(step: Step) -> list[str]:
@@ -196,6 +203,7 @@ def _choices_in_words(step: Step) -> list[str]:
         if c.kind != "op":
             words = f"{c.label}: {c.launches} chunks" if c.program is not None else c.label
             words += ", runs again in the backward" if c.again else ""
+            words += f", saves {len(c.saved)} value{'s' * (len(c.saved) > 1)} inside" if c.saved else ""
             words += ", offloaded" if c.offloads else ""
             counted[words] = counted.get(words, 0) + 1
     return [f"{n} x {words}" for words, n in counted.items()]

@@ -40,7 +40,10 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
         for part, count in zip(parts, planned, strict=True):
             again = part.recompute and ctx.again.get(",".join(products_of(part.region)), True)
             kept = tuple(not part.recompute and _kept(n, regions, region, ctx) for n, _ in part.region.outputs)
-            yield LoopSite(part.region, count or chunks, kept, again, False, region_label(part.region))
+            saved = ctx.saves.get(products_of(part.region), ())
+            values = tuple(n for n in part.region.nodes if n.name in saved)
+            label = region_label(part.region)
+            yield LoopSite(part.region, count or chunks, kept, again, False, label, saves=values)
 
 
 def _parts(axes: Axes, region: Region, regions: list[Region], ctx: Context) -> list[Part]:

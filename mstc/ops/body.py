@@ -1,19 +1,8 @@
-"""Bodies: a region's graph for a chunk of a given length, and its vector-Jacobian product.
-
-The backward body is one joint graph: it recomputes what it needs of the forward and returns
-
-- gradients of the token inputs, chunk-shaped;
-- for a weight that only enters matrix products, the two *factors* (x, dy) of its gradient
-  ``dW = dy^T x``, which the loop adds into one accumulator with ``addmm_``: a product returned by the
-  body would allocate a full weight gradient per chunk;
-- gradients of other shared inputs, summed over the chunk.
-
-Outputs of the forward that are kept anyway are read instead of recomputed where that saves a matrix
-product.
-"""
+"""Bodies: a region's graph for a chunk of a given length."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +17,6 @@ from mstc.graph.regions import Region
 from mstc.graph.sizes import Size, evaluate, shape_of, size, symbols_of
 from mstc.ops import keep as keep  # defines mstc::keep
 from mstc.ops.pieces import Cut, dense_strides, order_of
-from mstc.ops.table import use_table_gradient
 
 aten = torch.ops.aten
 
@@ -54,7 +42,6 @@ _BECOMES_VIEW = (
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
 # The length of the chunk that a body runs on, among the lengths that its sizes are made of.
@@ -85,6 +72,11 @@ class Value:
     def of(node: fx.Node, place: Place | None) -> Value:
         x = node.meta["val"]
         return Value(shape_of(x), order_of(x), x.dtype, x.device, cut_of(place) if place else None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor, where its sizes are numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -199,256 +191,3 @@ def _copy(
             at = _TAKES_SIZES[target]
             args = (*args[:at], shape, *args[at + 1 :])
     return graph.call_function(target, args, kwargs)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One product of a shared weight: dW = dy^T x (``transposed`` False) or x^T dy (True), rows flattened."""
-
-    shared: int
-    x: int
-    dy: int
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class BackwardBody:
-    """The joint graph of a body and how to call it.
-
-    gm: (tokens at ``tokens``..., shared at ``shared``..., kept outputs at ``kept``..., gradients of the
-    outputs and sums at ``grads``..., dynamic lengths...) -> flat list. In that list, ``token_grads[i]`` and
-    ``shared_grads[j]`` are the positions of the gradients of token input i and shared input j, ``factors`` those of
-    weight factors.
-    ``values``: positions of the forward's own results where they were asked for.
-    """
-
-    gm: fx.GraphModule
-    tokens: tuple[int, ...]
-    shared: tuple[int, ...]
-    kept: tuple[int, ...]
-    grads: tuple[int, ...]
-    token_grads: dict[int, int]
-    shared_grads: dict[int, int]
-    factors: tuple[Factors, ...]
-    values: tuple[int, ...]
-
-
-class _Differentiating(fx.Interpreter):
-    """Runs a body; products with a shared weight use it detached and are noted with their input."""
-
-    def __init__(self, gm: fx.GraphModule, weights: dict[str, int]) -> None:
-        super().__init__(gm)
-        self._weights = weights
-        self.products: list[tuple[int, torch.Tensor, torch.Tensor, bool]] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        found = _weight_product(n, self._weights)
-        if found is None:
-            return super().run_node(n)
-        position, transposed = found
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        at = 2 if n.target is aten.addmm.default else 1
-        x = args[at - 1]
-        y = _product(n.target, [a.detach() if i == at else a for i, a in enumerate(args)], kwargs)
-        if not y.requires_grad:
-            y = y.detach().requires_grad_()
-        self.products.append((position, x, y, transposed))
-        return y
-
-
-def _product(target: Any, args: list[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The product with rows flattened: kept apart, each batch would get a copy of the weight."""
-    if target is not aten.linear.default or args[0].dim() < 3:
-        return target(*args, **kwargs)  # type: ignore[no-any-return]
-    x, *rest = args
-    rows = target(x.reshape(-1, x.shape[-1]), *rest, **kwargs)
-    return rows.view(*x.shape[:-1], rows.shape[-1])  # type: ignore[no-any-return]
-
-
-def _weight_product(node: fx.Node, weights: dict[str, int]) -> tuple[int, bool] | None:
-    """(position of the weight, whether its gradient is x^T dy) where this product's weight is a shared input."""
-    if node.target is aten.linear.default:
-        weight, transposed = node.args[1], False
-    elif node.target in (aten.mm.default, aten.matmul.default):
-        weight, transposed = node.args[1], True
-    elif node.target is aten.addmm.default and not node.kwargs:
-        weight, transposed = node.args[2], True
-    else:
-        return None
-    if not isinstance(weight, fx.Node) or weight.name not in weights:
-        return None
-    return weights[weight.name], transposed
-
-
-def backward_body(
-    body: fx.GraphModule,
-    tokens: Sequence[torch.Tensor],
-    shared: Sequence[torch.Tensor],
-    token_needs: Sequence[bool],
-    shared_needs: Sequence[bool],
-    results: Sequence[torch.Tensor],
-    result_needs: Sequence[bool],
-    keepable: Sequence[bool],
-    with_values: bool = False,
-    lengths: Sequence[torch.SymInt] = (),
-) -> BackwardBody:
-    """Trace the vector-Jacobian product of a body over fake chunks.
-
-    token_needs, shared_needs: which inputs need gradients; results: fakes of the outputs and sums,
-    result_needs: which of them have gradients; keepable: which outputs are kept anyway and may be
-    read instead of being recomputed; with_values: also return all results (for a loss whose
-    gradients are computed in the forward); lengths: what a body for dynamic lengths takes besides.
-    """
-    names = [n.name for n in body.graph.find_nodes(op="placeholder")]
-    weights = {names[len(tokens) + j]: j for j, need in enumerate(shared_needs) if need and shared[j].dim() == 2}
-    grads = [i for i, need in enumerate(result_needs) if need]
-    layout: dict[str, Any] = {}
-
-    def joint(*flat: Any) -> list[Any]:
-        gs = flat[len(tokens) + len(shared) : len(flat) - len(lengths)]
-        with torch.enable_grad():
-            ts = _leaves(flat[: len(tokens)], token_needs)
-            ss = _leaves(flat[len(tokens) : len(tokens) + len(shared)], shared_needs)
-            run = _Differentiating(body, weights)
-            outs = run.run(*ts, *ss, *flat[len(flat) - len(lengths) :])
-            pairs = [(outs[i], g) for i, g in zip(grads, gs, strict=True) if outs[i].requires_grad]
-            wanted = [t for t in ts if t.requires_grad] + [s for s in ss if s.requires_grad]
-            wanted += [y for _, _, y, _ in run.products]
-            found = (
-                torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-                if pairs and wanted
-                else [None] * len(wanted)
-            )
-        layout["products"] = [(p, t) for p, _, _, t in run.products]
-        layout["present"] = [f is not None for f in found]
-        return [*outs, *(x for _, x, _, _ in run.products), *(f for f in found if f is not None)]
-
-    cotangents = [torch.empty_like(results[i]) for i in grads]
-    with torch.no_grad():
-        gm = compat.trace_flat(joint, [*tokens, *shared, *cotangents, *lengths])
-    return _assemble(
-        gm, layout, len(tokens), len(shared), token_needs, shared_needs, grads, len(results), keepable, with_values
-    )
-
-
-def _leaves(values: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:
-    return [v.detach().requires_grad_() if need else v.detach() for v, need in zip(values, needs, strict=True)]
-
-
-def _assemble(
-    gm: fx.GraphModule,
-    layout: dict[str, Any],
-    n_tokens: int,
-    n_shared: int,
-    token_needs: Sequence[bool],
-    shared_needs: Sequence[bool],
-    grads: Sequence[int],
-    n_results: int,
-    keepable: Sequence[bool],
-    with_values: bool,
-) -> BackwardBody:
-    """Name the joint graph's results, read kept outputs, drop what is not needed."""
-    flat = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-    results, rest = flat[:n_results], flat[n_results:]
-    products = layout["products"]
-    xs, found = rest[: len(products)], iter(rest[len(products) :])
-    gradients = [next(found) if present else None for present in layout["present"]]
-    order = iter(gradients)
-    token_nodes = {i: g for i, need in enumerate(token_needs) if need and (g := next(order)) is not None}
-    shared_nodes = {j: g for j, need in enumerate(shared_needs) if need and (g := next(order)) is not None}
-    dys = list(order)
-    out: list[fx.Node] = []
-
-    def place(node: fx.Node) -> int:
-        if node not in out:
-            out.append(node)
-        return out.index(node)
-
-    token_grads = {i: place(g) for i, g in token_nodes.items()}
-    shared_grads = {j: place(g) for j, g in shared_nodes.items()}
-    factors = tuple(
-        Factors(j, place(x), place(dy), transposed)
-        for (j, transposed), x, dy in zip(products, xs, dys, strict=True)
-        if dy is not None
-    )
-    values = tuple(place(r) for r in results) if with_values else ()
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    kept_nodes = {} if with_values else _read_kept(gm, results, out, keepable)
-    gm.graph.output_node().args = (out,)
-    gm.graph.eliminate_dead_code()
-    token_ph, shared_ph = placeholders[:n_tokens], placeholders[n_tokens : n_tokens + n_shared]
-    grad_ph = placeholders[n_tokens + n_shared : n_tokens + n_shared + len(grads)]
-    used_tokens = tuple(i for i, p in enumerate(token_ph) if p.users or p in out)
-    used_shared = tuple(j for j, p in enumerate(shared_ph) if p.users or p in out)
-    used_grads = tuple(g for g, p in zip(grads, grad_ph, strict=True) if p.users or p in out)
-    for p in (*token_ph, *shared_ph, *grad_ph):
-        if not p.users and p not in out:
-            gm.graph.erase_node(p)
-    # Kept outputs stand between the shared inputs and the gradients.
-    kept = tuple(sorted(kept_nodes))
-    anchor = next((p for p in grad_ph if p in gm.graph.nodes and (p.users or p in out)), None)
-    for i in kept:
-        if anchor is not None:
-            anchor.prepend(kept_nodes[i])
-    use_table_gradient(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return BackwardBody(gm, used_tokens, used_shared, kept, used_grads, token_grads, shared_grads, factors, values)
-
-
-def _read_kept(
-    gm: fx.GraphModule, results: Sequence[Any], out: list[fx.Node], keepable: Sequence[bool]
-) -> dict[int, fx.Node]:
-    """Let the backward read a kept output wherever that makes a matrix product unnecessary."""
-    read: dict[int, fx.Node] = {}
-    for i, node in enumerate(results):
-        if i >= len(keepable) or not keepable[i] or not isinstance(node, fx.Node) or node.op == "placeholder":
-            continue
-        users = [u for u in node.users if u.op != "output"]
-        if not users or not _saves_product(node, out):
-            continue
-        last = gm.graph.find_nodes(op="placeholder")[-1]
-        with gm.graph.inserting_after(last):
-            kept = gm.graph.placeholder(f"kept{i}")
-        kept.meta = dict(node.meta)
-        for user in users:
-            user.replace_input_with(node, kept)
-        out[:] = [kept if n is node else n for n in out]
-        read[i] = kept
-    return read
-
-
-def _saves_product(node: fx.Node, out: Sequence[fx.Node]) -> bool:
-    """Whether a matrix product is needed for nothing but ``node`` in the backward."""
-    needed: set[fx.Node] = set()
-    stack = [n for n in out if n is not node]
-    while stack:
-        current = stack.pop()
-        if current in needed or current is node:
-            continue
-        needed.add(current)
-        stack.extend(current.all_input_nodes)
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen or current in needed:
-            continue
-        seen.add(current)
-        if current.target in _PRODUCTS:
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
-
-
-__all__ = [
-    "LENGTH",
-    "BackwardBody",
-    "Factors",
-    "Value",
-    "backward_body",
-    "cut_of",
-    "dynamic_lengths",
-    "forward_body",
-    "with_lengths",
-]

@@ -19,17 +19,10 @@ from mstc.graph.regions import Region
 from mstc.graph.sizes import size
 from mstc.graph.text import canonical_text, digest
 from mstc.ops import program as programs
-from mstc.ops.body import (
-    LENGTH,
-    BackwardBody,
-    Value,
-    backward_body,
-    dynamic_lengths,
-    forward_body,
-    with_lengths,
-)
+from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
 from mstc.ops.dynamic import DynamicBodies
+from mstc.ops.joint import BackwardBody, Joint, backward_body, trace_joint
 from mstc.ops.pieces import balanced
 from mstc.ops.program import Backward, BodyCosts, Program
 
@@ -47,7 +40,8 @@ class Recipe:
     count: number of chunks; longest: most indices in a chunk where the length is dynamic;
     training: whether gradients are recorded; kept: for each output, whether it
     is kept anyway; loss: gradients are computed in the forward; accumulate: see `Program`;
-    mode: whatever else tells bodies apart (lowering, determinism); fused: whether the lowering fuses pointwise ops.
+    mode: whatever else tells bodies apart (lowering, determinism); fused: whether the lowering fuses pointwise ops;
+    saves: how many of the outputs, the last ones, are there for the backward alone.
     """
 
     count: int
@@ -59,6 +53,7 @@ class Recipe:
     mode: str
     label: str
     fused: bool = False
+    saves: int = 0
 
 
 def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
@@ -72,6 +67,17 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
     made = builder.dynamic(key, lengths) if lengths else builder.static(key)
     programs.register(made)
     return made
+
+
+def joint_of(region: Region, recipe: Recipe) -> Joint | None:
+    """A region's body for its longest chunk with its vector-Jacobian product; None where nothing is differentiable."""
+    builder = _Builder(region, recipe, _never)
+    lengths = {LENGTH: builder.static_lengths()[0]}
+    return builder.joint(_mode(), forward_body(region, lengths), lengths)[-1]
+
+
+def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Call:
+    raise AssertionError("this body is not to be compiled")
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,10 @@ class _Builder:
         self.sums = tuple(Value.of(n, None) for n in region.sums)
         self.token_needs = self._needs(n for n, _ in region.tokens)
         self.shared_needs = self._needs(region.shared)
-        self.result_needs = self._needs((*(n for n, _ in region.outputs), *region.sums))
+        returned = len(region.outputs) - recipe.saves
+        self.saved = range(returned, len(region.outputs))
+        needs = self._needs((*(n for n, _ in region.outputs), *region.sums))
+        self.result_needs = tuple(need and i not in self.saved for i, need in enumerate(needs))
 
     def _needs(self, nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
         return tuple(self.recipe.training and bool(n.meta.get("needs_grad")) for n in nodes)
@@ -216,28 +225,33 @@ class _Builder:
         inputs: Sequence[torch.SymInt] = (),
     ) -> _Traced:
         """The backward body for these lengths, where there is one, and the fakes that it was traced with."""
+        fakes, results, whole = self.joint(mode, body, lengths, inputs)
+        made = None
+        if whole is not None:
+            with compat.isolated_tracing(mode):
+                made = backward_body(whole, self.recipe.kept, self.saved, with_values=self.recipe.loss)
+            if self.recipe.fused:
+                use_class_sums(made.gm.graph)
+                made.gm.recompile()
+        return _Traced(mode, body, fakes, results, made)
+
+    def joint(
+        self,
+        mode: compat.FakeTensorMode,
+        body: fx.GraphModule,
+        lengths: Mapping[sympy.Symbol, Any],
+        inputs: Sequence[torch.SymInt] = (),
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], Joint | None]:
+        """Fakes of the inputs and of the results, and the joint graph of a body where it is differentiable."""
         fakes = [v.fake(mode, lengths) for v in (*self.tokens, *self.shared)]
-        joint = None
+        tokens, shared = fakes[: len(self.tokens)], fakes[len(self.tokens) :]
+        needs = (self.token_needs, self.shared_needs)
         with compat.isolated_tracing(mode):
             # As the loop reads and writes them: dense, whatever views the body returns.
             results = [v.fake(mode, lengths) for v in (*self.outputs, *self.sums)]
-            if self.differentiable:
-                joint = backward_body(
-                    body,
-                    fakes[: len(self.tokens)],
-                    fakes[len(self.tokens) :],
-                    self.token_needs,
-                    self.shared_needs,
-                    results,
-                    self.result_needs,
-                    self.recipe.kept,
-                    with_values=self.recipe.loss,
-                    lengths=inputs,
-                )
-        if joint is not None and self.recipe.fused:
-            use_class_sums(joint.gm.graph)
-            joint.gm.recompile()
-        return _Traced(mode, body, fakes, results, joint)
+            if not self.differentiable:
+                return fakes, results, None
+            return fakes, results, trace_joint(body, tokens, shared, *needs, results, self.result_needs, inputs)
 
     def _program(
         self, key: str, traced: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]

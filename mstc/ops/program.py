@@ -13,8 +13,9 @@ import torch
 
 from mstc.errors import LoopError
 from mstc.graph.sizes import Size, evaluate
-from mstc.ops.body import Factors, Value
+from mstc.ops.body import Value
 from mstc.ops.dynamic import DynamicBodies, apart
+from mstc.ops.joint import Factors
 from mstc.ops.pieces import balanced
 
 Bodies = Mapping[int, Callable[..., Any]]  # by the length of the chunk
@@ -22,7 +23,7 @@ Bodies = Mapping[int, Callable[..., Any]]  # by the length of the chunk
 
 @dataclass(frozen=True)
 class Backward:
-    """Compiled backward bodies by chunk length, and how to call them (see `mstc.ops.body.BackwardBody`)."""
+    """Compiled backward bodies by chunk length, and how to call them (see `mstc.ops.joint.BackwardBody`)."""
 
     run: Bodies
     tokens: tuple[int, ...]

@@ -7,7 +7,7 @@ names of nodes; one result of several is ``node:index``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,14 @@ _LOOP, _LOSS_LOOP = "mstc.loop.default", "mstc.loss_loop.default"
 
 
 @dataclass(frozen=True)
+class Saving:
+    """The same loop with values inside it saved for its backward: the names of these nodes, and its program."""
+
+    values: tuple[str, ...]
+    program: Program
+
+
+@dataclass(frozen=True)
 class Call:
     """One operator of the schedule.
 
@@ -35,7 +43,8 @@ class Call:
     its own results among them; grads: memories of inputs that get a gradient, needs: results that bring one;
     work: temporaries of forward and backward; flops, moved (bytes): of both; again: it runs again in the backward;
     cheap: neither a product nor a mixer; program: of a loop; rows: of its products; launches: chunks;
-    offloads: those of its results that wait for the backward elsewhere.
+    offloads: those of its results that wait for the backward elsewhere;
+    savings: what its loop may save inside it; saved: what it does save (names of nodes).
     """
 
     name: str
@@ -55,6 +64,18 @@ class Call:
     rows: float = 0.0
     launches: int = 1
     offloads: tuple[str, ...] = ()
+    savings: tuple[Saving, ...] = ()
+    saved: tuple[str, ...] = ()
+
+    def saving(self, level: int) -> Call:
+        """The same loop saving what level ``level`` of its savings says (0: nothing inside it)."""
+        if level == 0:
+            return self
+        chosen = self.savings[level - 1]
+        names = tuple(saved_name(self.name, value) for value in chosen.values)
+        makes, keeps = (*self.makes, *names), (*self.keeps, *names)
+        call = replace(self, makes=makes, keeps=keeps, program=chosen.program, saved=chosen.values)
+        return call.in_chunks(self.launches)
 
     def in_chunks(self, count: int) -> Call:
         """The same loop in another number of chunks."""
@@ -100,6 +121,22 @@ def _offloading(call: Call, node: fx.Node) -> Call:
     """With the results that are tagged to be offloaded."""
     results = node.meta.get("custom", {}).get(OFFLOADED, ())
     return replace(call, offloads=tuple(call.makes[i] for i in results)) if results else call
+
+
+def saved_name(call: str, value: str) -> str:
+    """The memory of a value inside a loop that it saves."""
+    return f"{call}:{value}"
+
+
+def with_savings(step: Step, savings: Mapping[str, Sequence[Saving]]) -> Step:
+    """The step with what else its loops may save, by the names of the calls."""
+    sizes = dict(step.sizes)
+    for name, several in savings.items():
+        for one in several:
+            values = one.program.outputs[-len(one.values) :]
+            sizes |= {saved_name(name, n): v.nbytes for n, v in zip(one.values, values, strict=True)}
+    calls = [replace(c, savings=tuple(savings.get(c.name, ()))) for c in step.calls]
+    return replace(step, calls=calls, sizes=sizes)
 
 
 def bytes_of(value: Any) -> int:
@@ -198,7 +235,7 @@ class _Reader:
             (*reads, node.name, lse) if grads else (),
             grads,
             (node.name,) if grads else (),
-            attention_workspace(q),
+            attention_workspace(q, node),
             (flops, 2.5 * flops),
             (moved, 2 * moved),
             node.meta.get("recompute") is not None,
@@ -269,14 +306,25 @@ _LINEAR = (
 )
 
 
-def attention_workspace(q: torch.Tensor) -> tuple[int, int]:
-    """Buffers of the CPU's flash kernels, per thread (ATen/native/cpu/FlashAttentionKernel.cpp); on a GPU none."""
+def attention_workspace(q: torch.Tensor, node: fx.Node) -> tuple[int, int]:
+    """Buffers of the CPU's flash kernels (ATen/native/cpu/FlashAttentionKernel.cpp); on a GPU none.
+
+    Each thread has its own; the backward copies a gradient whose tokens do not lie outside its heads.
+    """
     if q.device.type != "cpu":
         return 0, 0
     rows = hint(q.shape[-2])
     block = 256 if rows >= 768 else 64 if rows >= 192 else 32
     wide = 4 * torch.get_num_threads()
-    return wide * block * (512 + 2 + hint(q.shape[-1])), wide * 2 * block * 512
+    return wide * block * (512 + 2 + hint(q.shape[-1])), wide * 2 * block * 512 + _copied_gradient(node)
+
+
+def _copied_gradient(node: fx.Node) -> int:
+    """A loop's gradient for attention lies as its result does."""
+    out = node.meta["val"]
+    by_loop = any(str(u.target) in (_LOOP, _LOSS_LOOP) for u in node.users)
+    heads_inside = out.dim() == 4 and out.transpose(1, 2).is_contiguous()
+    return bytes_of(out) if by_loop and not heads_inside else 0
 
 
 def _is_causal(node: fx.Node) -> bool:

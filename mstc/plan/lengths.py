@@ -36,12 +36,18 @@ def _call(call: Call, old: int, new: int, programs: dict[str, Program]) -> Call:
     ratio = new / old
     if call.program is not None:
         p = call.program
-        if p.key not in programs:
-            programs[p.key] = _program(p, old, new)
-        return replace(call, program=programs[p.key]).in_chunks(programs[p.key].count)
+        savings = tuple(replace(s, program=_scaled_program(s.program, old, new, programs)) for s in call.savings)
+        p = _scaled_program(p, old, new, programs)
+        return replace(call, program=p, savings=savings).in_chunks(p.count)
     powers = ratio * ratio if call.kind == "mixer" else ratio
     flops = (call.flops[0] * powers, call.flops[1] * powers)
     return replace(call, flops=flops, moved=(call.moved[0] * ratio, call.moved[1] * ratio))
+
+
+def _scaled_program(p: Program, old: int, new: int, known: dict[str, Program]) -> Program:
+    if p.key not in known:
+        known[p.key] = _program(p, old, new)
+    return known[p.key]
 
 
 def _program(p: Program, old: int, new: int) -> Program:

@@ -27,12 +27,13 @@ FEWEST_TOKENS = 128  # a chunk below this many rows leaves every machine idle
 
 @dataclass(frozen=True)
 class Choice:
-    """How a stage runs: chunks of each of its loops, which calls run again in the backward, and which results
-    (by the positions of call and result) are offloaded."""
+    """How a stage runs: chunks of each of its loops, which calls run again in the backward, which results
+    (by the positions of call and result) are offloaded, and for each loop the level of its savings."""
 
     counts: tuple[int, ...]
     again: tuple[bool, ...]
-    offload: tuple[tuple[int, int], ...] = ()
+    offload: tuple[tuple[int, int], ...]
+    saves: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Levers:
-    """What the solver may use; fewer are tried to tell what each brings. pruned: leave out what never pays."""
+    """What the solver may use; fewer are tried to tell what each brings. pruned: leave out what never pays.
+
+    saves: values inside loops may be saved, which takes memory to win time; the others do the reverse.
+    """
 
     chunks: bool = True
     recompute: bool = True
     attention: bool = True
+    saves: bool = True
     offload: bool = False
     pruned: bool = True
 
@@ -96,10 +101,11 @@ def can_run_again(call: Call) -> bool:
 def apply_choice(calls: Sequence[Call], choice: Choice) -> list[Call]:
     """The calls as chosen."""
     counts, again = iter(choice.counts), iter(choice.again)
+    saves = iter(choice.saves)
     chosen = []
     for i, call in enumerate(calls):
         if call.program is not None:
-            call = call.in_chunks(next(counts))
+            call = call.saving(next(saves)).in_chunks(next(counts))
         if can_run_again(call):
             call = replace(call, again=next(again))
         call = replace(call, offloads=tuple(call.makes[j] for at, j in choice.offload if at == i))
@@ -137,7 +143,8 @@ def _cut(step: Step) -> Iterator[list[Call]]:
 def _shape(call: Call, step: Step) -> tuple[object, ...]:
     """What two calls that cost the same share."""
     program = call.program.key if call.program is not None else call.label
-    return (program, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.flops)
+    savings = tuple(s.program.key for s in call.savings)
+    return (program, savings, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.flops)
 
 
 def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int], ...]]:
@@ -192,16 +199,16 @@ def _choices(
         for c in calls
         if can_run_again(c)
     ]
+    saves = [range(1 + len(c.savings)) if levers.saves else range(1) for c in loops]
     deepest = max((len(s) for s in sizes), default=1)
-    for level in range(deepest):
+    for level, flags, saved in itertools.product(range(deepest), itertools.product(*again), itertools.product(*saves)):
         counts = tuple(s[min(level, len(s) - 1)] for s in sizes)
-        for flags in itertools.product(*again):
-            yield Choice(counts, flags)
-            repeats = iter(flags)
-            once = {i for i, c in enumerate(calls) if not (can_run_again(c) and next(repeats))}
-            places = tuple((at, j) for at, j in movable if at in once)
-            if places:
-                yield Choice(counts, flags, places)
+        yield Choice(counts, flags, (), saved)
+        repeats = iter(flags)
+        once = {i for i, c in enumerate(calls) if not (can_run_again(c) and next(repeats))}
+        places = tuple((at, j) for at, j in movable if at in once)
+        if places:
+            yield Choice(counts, flags, places, saved)
 
 
 def _counts(call: Call, levers: Levers) -> list[int]:

@@ -30,7 +30,7 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
     length = -(-p.n // count)
     live = [x * length // p.costs.length for x in p.costs.live]
     pieces = sum(_copied(v, length) for v in p.tokens)
-    results = sum(_chunk_bytes(v, length) for v in p.outputs) + sum(_bytes(v) for v in p.sums)
+    results = sum(_chunk_bytes(v, length) for v in p.outputs) + sum(v.nbytes for v in p.sums)
     held = results if count > 1 else 0  # the chunk before is dropped after the next has run
     forward = live[0] + held + pieces
     backward = 0
@@ -59,20 +59,20 @@ def _wider(p: Program) -> int:
 
 def _moved(p: Program, count: int) -> tuple[float, float]:
     """Bytes read and written: whole inputs once per chunk, tokens once, intermediates written and read."""
-    weights = float(sum(_bytes(v) for v in p.shared)) * count
-    tokens = float(sum(_bytes(v) for v in (*p.tokens, *p.outputs)))
+    weights = float(sum(v.nbytes for v in p.shared)) * count
+    tokens = float(sum(v.nbytes for v in (*p.tokens, *p.outputs)))
     inside = [2.0 * x * p.n / p.costs.length for x in p.costs.live]
     return weights + tokens + inside[0], 3 * weights + 2 * tokens + inside[1]
 
 
 def _gradients(p: Program) -> int:
     values = [v for v, need in zip((*p.tokens, *p.shared), (*p.token_needs, *p.shared_needs), strict=True) if need]
-    return sum(_bytes(v) for v in values)
+    return sum(v.nbytes for v in values)
 
 
 def _largest_gradient(p: Program) -> int:
     values = [v for v, need in zip((*p.tokens, *p.shared), (*p.token_needs, *p.shared_needs), strict=True) if need]
-    return max((_bytes(v) for v in values), default=0)
+    return max((v.nbytes for v in values), default=0)
 
 
 def _rows(p: Program) -> int:
@@ -80,10 +80,6 @@ def _rows(p: Program) -> int:
     values = [v for v, need in zip(p.tokens, p.token_needs, strict=True) if need] or list(p.tokens)
     counts = [math.prod(v.shape[:-1]) // p.n for v in values if v.cut is not None and v.cut.dim < len(v.shape) - 1]
     return max(min(counts, default=1), 1)
-
-
-def _bytes(v: Value) -> int:
-    return math.prod(v.shape) * v.dtype.itemsize
 
 
 def _chunk_bytes(v: Value, length: int) -> int:

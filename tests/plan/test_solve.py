@@ -16,7 +16,7 @@ def _option(rng: random.Random) -> Option:
     saved = rng.randrange(40)
     held = saved + rng.randrange(60)
     carry = rng.choice([(0, 0), (0, 0), (15, 15), (15, 40)])
-    return Option(Choice((), ()), saved, held, held + rng.randrange(30), float(rng.randrange(1, 20)), carry)
+    return Option(Choice((), (), (), ()), saved, held, held + rng.randrange(30), float(rng.randrange(1, 20)), carry)
 
 
 def _stages(seed: int, count: int, options: int) -> list[Stage]:

@@ -1,0 +1,289 @@
+"""The vector-Jacobian product of a body, as one joint graph with what it recomputes of the forward.
+
+What a loop runs in its backward returns
+
+- gradients of the token inputs, chunk-shaped;
+- for a weight that only enters matrix products, the two *factors* (x, dy) of its gradient
+  ``dW = dy^T x``, which the loop adds into one accumulator with ``addmm_``: a product returned by the
+  body would allocate a full weight gradient per chunk;
+- gradients of other shared inputs, summed over the chunk.
+
+Outputs of the forward that are kept anyway are read instead of recomputed where that saves a matrix
+product; what a plan saves for the backward is always read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc import compat
+from mstc.ops.table import use_table_gradient
+
+aten = torch.ops.aten
+
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One product of a shared weight: dW = dy^T x (``transposed`` False) or x^T dy (True), rows flattened."""
+
+    shared: int
+    x: int
+    dy: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class BackwardBody:
+    """What runs in the backward, and how to call it.
+
+    gm: (tokens at ``tokens``..., shared at ``shared``..., kept outputs at ``kept``..., gradients of the
+    outputs and sums at ``grads``..., dynamic lengths...) -> flat list. In that list, ``token_grads[i]`` and
+    ``shared_grads[j]`` are the positions of the gradients of token input i and shared input j, ``factors`` those of
+    weight factors.
+    ``values``: positions of the forward's own results where they were asked for.
+    """
+
+    gm: fx.GraphModule
+    tokens: tuple[int, ...]
+    shared: tuple[int, ...]
+    kept: tuple[int, ...]
+    grads: tuple[int, ...]
+    token_grads: dict[int, int]
+    shared_grads: dict[int, int]
+    factors: tuple[Factors, ...]
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with the weight at ``shared``: its other operand x, and the gradient of its result if there is one."""
+
+    shared: int
+    transposed: bool
+    x: fx.Node
+    dy: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A body and its vector-Jacobian product as traced, with the nodes of inputs and results.
+
+    gm: (tokens..., shared..., gradients of the results..., dynamic lengths...); results: of the body itself;
+    cotangents: by the positions of results; token_grads, shared_grads: by the positions of inputs.
+    """
+
+    gm: fx.GraphModule
+    tokens: tuple[fx.Node, ...]
+    shared: tuple[fx.Node, ...]
+    cotangents: dict[int, fx.Node]
+    results: tuple[fx.Node, ...]
+    products: tuple[Product, ...]
+    token_grads: dict[int, fx.Node]
+    shared_grads: dict[int, fx.Node]
+
+
+class _Differentiating(fx.Interpreter):
+    """Runs a body; products with a shared weight use it detached and are noted with their input."""
+
+    def __init__(self, gm: fx.GraphModule, weights: dict[str, int]) -> None:
+        super().__init__(gm)
+        self._weights = weights
+        self.products: list[tuple[int, torch.Tensor, torch.Tensor, bool]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = _weight_product(n, self._weights)
+        if found is None:
+            return super().run_node(n)
+        position, transposed = found
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        at = 2 if n.target is aten.addmm.default else 1
+        x = args[at - 1]
+        y = _product(n.target, [a.detach() if i == at else a for i, a in enumerate(args)], kwargs)
+        if not y.requires_grad:
+            y = y.detach().requires_grad_()
+        self.products.append((position, x, y, transposed))
+        return y
+
+
+def _product(target: Any, args: list[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The product with rows flattened: kept apart, each batch would get a copy of the weight."""
+    if target is not aten.linear.default or args[0].dim() < 3:
+        return target(*args, **kwargs)  # type: ignore[no-any-return]
+    x, *rest = args
+    rows = target(x.reshape(-1, x.shape[-1]), *rest, **kwargs)
+    return rows.view(*x.shape[:-1], rows.shape[-1])  # type: ignore[no-any-return]
+
+
+def _weight_product(node: fx.Node, weights: dict[str, int]) -> tuple[int, bool] | None:
+    """(position of the weight, whether its gradient is x^T dy) where this product's weight is a shared input."""
+    if node.target is aten.linear.default:
+        weight, transposed = node.args[1], False
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        weight, transposed = node.args[1], True
+    elif node.target is aten.addmm.default and not node.kwargs:
+        weight, transposed = node.args[2], True
+    else:
+        return None
+    if not isinstance(weight, fx.Node) or weight.name not in weights:
+        return None
+    return weights[weight.name], transposed
+
+
+def trace_joint(
+    body: fx.GraphModule,
+    tokens: Sequence[torch.Tensor],
+    shared: Sequence[torch.Tensor],
+    token_needs: Sequence[bool],
+    shared_needs: Sequence[bool],
+    results: Sequence[torch.Tensor],
+    result_needs: Sequence[bool],
+    lengths: Sequence[torch.SymInt] = (),
+) -> Joint:
+    """Trace a body and its vector-Jacobian product over fake chunks.
+
+    token_needs, shared_needs: which inputs need gradients; results: fakes of the outputs and sums,
+    result_needs: which of them have gradients; lengths: what a body for dynamic lengths takes besides.
+    """
+    names = [n.name for n in body.graph.find_nodes(op="placeholder")]
+    weights = {names[len(tokens) + j]: j for j, need in enumerate(shared_needs) if need and shared[j].dim() == 2}
+    grads = [i for i, need in enumerate(result_needs) if need]
+    layout: dict[str, Any] = {}
+
+    def joint(*flat: Any) -> list[Any]:
+        gs = flat[len(tokens) + len(shared) : len(flat) - len(lengths)]
+        with torch.enable_grad():
+            ts = _leaves(flat[: len(tokens)], token_needs)
+            ss = _leaves(flat[len(tokens) : len(tokens) + len(shared)], shared_needs)
+            run = _Differentiating(body, weights)
+            outs = run.run(*ts, *ss, *flat[len(flat) - len(lengths) :])
+            pairs = [(outs[i], g) for i, g in zip(grads, gs, strict=True) if outs[i].requires_grad]
+            wanted = [t for t in ts if t.requires_grad] + [s for s in ss if s.requires_grad]
+            wanted += [y for _, _, y, _ in run.products]
+            found = (
+                torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+                if pairs and wanted
+                else [None] * len(wanted)
+            )
+        layout["products"] = [(p, t) for p, _, _, t in run.products]
+        layout["present"] = [f is not None for f in found]
+        return [*outs, *(x for _, x, _, _ in run.products), *(f for f in found if f is not None)]
+
+    cotangents = [torch.empty_like(results[i]) for i in grads]
+    with torch.no_grad():
+        gm = compat.trace_flat(joint, [*tokens, *shared, *cotangents, *lengths])
+    flat = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    values, rest = flat[: len(results)], flat[len(results) :]
+    xs, present = rest[: len(layout["products"])], iter(rest[len(layout["products"]) :])
+    order = iter([next(present) if there else None for there in layout["present"]])
+    token_grads = {i: g for i, need in enumerate(token_needs) if need and (g := next(order)) is not None}
+    shared_grads = {j: g for j, need in enumerate(shared_needs) if need and (g := next(order)) is not None}
+    products = tuple(Product(j, t, x, dy) for (j, t), x, dy in zip(layout["products"], xs, order, strict=True))
+    inputs = gm.graph.find_nodes(op="placeholder")
+    a, b = len(tokens), len(tokens) + len(shared)
+    by_result = dict(zip(grads, inputs[b : b + len(grads)], strict=True))
+    return Joint(
+        gm, tuple(inputs[:a]), tuple(inputs[a:b]), by_result, tuple(values), products, token_grads, shared_grads
+    )
+
+
+def _leaves(values: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:
+    return [v.detach().requires_grad_() if need else v.detach() for v, need in zip(values, needs, strict=True)]
+
+
+def backward_body(
+    joint: Joint, keepable: Sequence[bool], saved: Collection[int] = (), with_values: bool = False
+) -> BackwardBody:
+    """What the loop runs, made of the joint graph: results named, kept outputs read, the rest dropped.
+
+    keepable: which outputs are kept anyway and may be read instead of being recomputed; saved: those that are kept
+    for this alone; with_values: also return all results (for a loss whose gradients are computed in the forward).
+    """
+    gm = joint.gm
+    out: list[fx.Node] = []
+
+    def place(node: fx.Node) -> int:
+        if node not in out:
+            out.append(node)
+        return out.index(node)
+
+    token_grads = {i: place(g) for i, g in joint.token_grads.items()}
+    shared_grads = {j: place(g) for j, g in joint.shared_grads.items()}
+    factors = tuple(
+        Factors(p.shared, place(p.x), place(p.dy), p.transposed) for p in joint.products if p.dy is not None
+    )
+    values = tuple(place(r) for r in joint.results) if with_values else ()
+    kept_nodes = {} if with_values else _read_kept(joint, out, keepable, saved)
+    gm.graph.output_node().args = (out,)
+    gm.graph.eliminate_dead_code()
+
+    def used(p: fx.Node) -> bool:
+        return bool(p.users) or p in out
+
+    tokens = tuple(i for i, p in enumerate(joint.tokens) if used(p))
+    shared = tuple(j for j, p in enumerate(joint.shared) if used(p))
+    grads = tuple(i for i, p in joint.cotangents.items() if used(p))
+    # Kept outputs stand between the shared inputs and the gradients.
+    if grads:
+        for i in sorted(kept_nodes):
+            joint.cotangents[grads[0]].prepend(kept_nodes[i])
+    for p in (*joint.tokens, *joint.shared, *joint.cotangents.values()):
+        if not used(p):
+            gm.graph.erase_node(p)
+    use_table_gradient(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    kept = tuple(sorted(kept_nodes))
+    return BackwardBody(gm, tokens, shared, kept, grads, token_grads, shared_grads, factors, values)
+
+
+def _read_kept(
+    joint: Joint, out: list[fx.Node], keepable: Sequence[bool], saved: Collection[int]
+) -> dict[int, fx.Node]:
+    """Let the backward read a kept output wherever that makes a matrix product unnecessary, and all that was saved."""
+    graph = joint.gm.graph
+    read: dict[int, fx.Node] = {}
+    for i, node in enumerate(joint.results):
+        if i >= len(keepable) or not keepable[i] or not isinstance(node, fx.Node) or node.op == "placeholder":
+            continue
+        users = [u for u in node.users if u.op != "output"]
+        if (not users and node not in out) or not (i in saved or (users and _saves_product(node, out))):
+            continue
+        last = graph.find_nodes(op="placeholder")[-1]
+        with graph.inserting_after(last):
+            kept = graph.placeholder(f"kept{i}")
+        kept.meta = dict(node.meta)
+        for user in users:
+            user.replace_input_with(node, kept)
+        out[:] = [kept if n is node else n for n in out]
+        read[i] = kept
+    return read
+
+
+def _saves_product(node: fx.Node, out: Sequence[fx.Node]) -> bool:
+    """Whether a matrix product is needed for nothing but ``node`` in the backward."""
+    needed: set[fx.Node] = set()
+    stack = [n for n in out if n is not node]
+    while stack:
+        current = stack.pop()
+        if current in needed or current is node:
+            continue
+        needed.add(current)
+        stack.extend(current.all_input_nodes)
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or current in needed:
+            continue
+        seen.add(current)
+        if current.target in _PRODUCTS:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False

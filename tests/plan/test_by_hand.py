@@ -1,0 +1,142 @@
+"""The plan's step time beside the best of all chunk sizes tried by hand, and predicted times beside measured ones.
+
+Slow, and it needs an idle machine: `pytest -s -m slow tests/plan/test_by_hand.py` prints what it finds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+import mstc
+from mstc.errors import PlanError
+from testkit.allocator import measured_peak
+from testkit.hf_models import config_of
+
+MIB = 2**20
+TOKENS = 4096
+_SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "max_position_embeddings": 8192,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CASES = (("llama", "150MiB"), ("qwen2", "250MiB"), ("olmo2", "400MiB"))
+CHUNKS = (128, 256, 512, 1024, 2048, 4096)
+STEPS = 7
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _case(kind: str, tokens: int = TOKENS) -> tuple[Any, Callable[[Tensor], Tensor], Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config_of(kind, **_SIZES)).train()
+    ids = torch.randint(0, 8192, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+    def loss_fn(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+    return model, loss_fn, ids
+
+
+def _step(model: Any, loss_fn: Callable[[Tensor], Tensor], ids: Tensor, options: dict[str, Any]) -> Any:
+    torch._dynamo.reset()
+    fn = torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        fn(ids).backward()
+
+    step()
+    return step
+
+
+def _seconds(steps: dict[Any, Callable[[], None]]) -> dict[Any, float]:
+    """Medians of runs that take turns."""
+    spent: dict[Any, list[float]] = {name: [] for name in steps}
+    for _ in range(STEPS):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            spent[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "budget"), CASES)
+def test_the_plan_is_near_the_best_found_by_hand(kind: str, budget: str) -> None:
+    model, loss_fn, ids = _case(kind)
+    steps = {"plan": _step(model, loss_fn, ids, {"memory_budget": budget})}
+    limit = float(budget.removesuffix("MiB"))
+    for tokens in CHUNKS:
+        for again in (True, False):
+            options = {
+                "mini_sequence": {"chunk_tokens": tokens},
+                "lm_head": {"chunk_tokens": min(tokens, 1024)},
+                "recompute": again,
+            }
+            step = _step(model, loss_fn, ids, options)
+            peak = measured_peak(step, model) / MIB
+            if peak <= limit:
+                steps[tokens, again] = step
+    found = _seconds(steps)
+    best = min((name for name in found if name != "plan"), key=lambda name: found[name])
+    print(f"\n{kind}, {budget}: plan {found['plan']:.3f} s, by hand {found[best]:.3f} s (chunks, q/k/v again: {best})")
+    assert len(found) > 1, "no choice by hand fits the budget"
+    assert found["plan"] <= 1.05 * found[best]
+
+
+@pytest.mark.slow
+def test_predicted_times_rank_as_measured_ones() -> None:
+    found = [
+        pair for kind in ("llama", "phi3") for n in (1024, 2048, 4096) for pair in _predicted_and_measured(kind, n)
+    ]
+    assert len(found) >= 12
+    correlation = _rank_correlation(*zip(*found, strict=True))
+    print(f"rank correlation {correlation:.3f}")
+    assert correlation >= 0.9
+
+
+def _predicted_and_measured(kind: str, tokens: int) -> Iterator[tuple[float, float]]:
+    """Seconds of a step under each budget that can be met."""
+    model, loss_fn, ids = _case(kind, tokens)
+    for budget in ("60MiB", "90MiB", "150MiB", "400MiB"):
+        try:
+            step = _step(model, loss_fn, ids, {"memory_budget": budget})
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, PlanError):
+                raise
+            continue
+        line = next(line for line in mstc.reports()[-1].plan if "predicted step" in line)
+        predicted = float(line.split("predicted step ")[1].split(" s")[0])
+        measured = _seconds({"plan": step})["plan"]
+        print(f"\n{kind}, {tokens} tokens, {budget}: predicted {predicted:.3f} s, measured {measured:.3f} s")
+        yield predicted, measured
+
+
+def _rank_correlation(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Spearman's."""
+    both = torch.tensor([a, b]).argsort(-1).argsort(-1).double()
+    return float(torch.corrcoef(both)[0, 1])

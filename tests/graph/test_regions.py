@@ -93,3 +93,15 @@ def test_positions_stay_outside() -> None:
     graph, _, (region,) = regions_of(fn, randn(2, 7, 4), torch.arange(7), UP, DOWN)
     assert node(graph, aten.cos.default) not in region.nodes
     assert node(graph, aten.mul.Tensor) in region.nodes
+
+
+def test_a_sum_over_one_axis_belongs_to_no_region_of_another() -> None:
+    """Pooled over its tokens, a text is one row of a batch, which the products behind it treat row by row."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return mlp(attended(x, up, down).sum(1), up, down)
+
+    _, _, regions = regions_of(fn, randn(9, 7, 4), UP, DOWN)
+    assert [r.n for r in regions] == [7, 7, 9]
+    claimed = [n for r in regions for n in (*r.nodes, *r.sums)]
+    assert len(claimed) == len(set(claimed))

@@ -208,3 +208,11 @@ def test_a_factor_given_as_a_tensor(factor: float) -> None:
     given = (inputs, torch.tensor(factor, dtype=torch.float64))
     got, expected = (gradients_of(fn, leaves, given)[1] for fn in (compiled, step))
     check_gradients(got, expected, least=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TOKENS))
+def test_many_texts(name: str) -> None:
+    """A batch of pooled texts is cut too: the sums over their tokens end one loop and enter another."""
+    case = Case(name, batch=12)
+    case.check()
+    assert "lm_head" in {e.pass_name for e in mstc.reports()[-1].edits}

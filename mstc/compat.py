@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
@@ -20,8 +21,9 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch import config as functorch_config
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -38,6 +40,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mstc import compat_autocast
@@ -59,6 +62,7 @@ __all__ = [
     "compile_name",
     "count_auto_chunkings",
     "draws_as_eager",
+    "example_of",
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
@@ -80,6 +84,7 @@ __all__ = [
     "trace_artifact",
     "trace_flat",
     "trace_functional",
+    "trace_with_constants",
     "tracing_to_file",
     "tree_leaves",
     "vmap_step",
@@ -199,6 +204,19 @@ class _SourceKeepingInterpreter(fx.Interpreter):
         body, *operands = args
         tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_block_ids)}
         return _SourceKeepingInterpreter(body, self._autocast, self._function, tags).run(*operands)
+
+
+def trace_with_constants(numbers: Sequence[torch.SymFloat]) -> None:
+    """Have Dynamo trace the function again with these floats, or what they are made of, as guarded constants.
+
+    As AOTAutograd asks for it. Floats that it cannot make constants of (made of lengths or of tensors) stay.
+    """
+    symbols = {s for n in numbers for s in n.node.expr.free_symbols if symbol_is_type(s, SymT.FLOAT)}
+    asked = [str(s) for s in symbols if not TensorifyState.should_specialize(str(s))]
+    for name in asked:
+        TensorifyState.specialize(name)
+    if asked and TracingContext.try_get() is not None:
+        raise TensorifyScalarRestartAnalysis
 
 
 class Traced:
@@ -367,13 +385,27 @@ def without_cudagraphs() -> Iterator[None]:
         yield
 
 
+def example_of(size: torch.SymInt, symbol: sympy.Symbol) -> int | None:
+    """The value of one of a size's symbols in the call that was captured; None where only a run will tell."""
+    env = size.node.shape_env
+    known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # the name before torch 2.13
+    value = known.get(symbol)
+    return None if value is None else int(value)
+
+
 def symbolic_lengths(examples: Mapping[str, int]) -> tuple[FakeTensorMode, list[torch.SymInt]]:
-    """A fake mode of its own with a dynamic length for each name, and the lengths. Each is taken to be at least 2."""
+    """A fake mode of its own with a dynamic length for each name, and the lengths.
+
+    Each is taken to be at least 2, but for those whose example is less: numbers that are no tensor's length.
+    """
     env = ShapeEnv()
     found = []
     for name, example in examples.items():
         source = ConstantSource(name)
-        symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
+        number = example < 2
+        symbol = env.create_symbol(
+            example, source, DimDynamic.DYNAMIC, positive=None if number else True, do_not_specialize_zero_one=number
+        )
         found.append(env.create_symintnode(symbol, hint=example, source=source))
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=env), found  # type: ignore[return-value]
 
@@ -382,7 +414,8 @@ def keeps_guards(symbols: Sequence[torch.SymInt], values: Sequence[int]) -> bool
     """Whether these values agree with all that was decided about `symbolic_lengths` in tracing and compiling."""
     env = symbols[0].node.shape_env
     known = {s.node.expr: v for s, v in zip(symbols, values, strict=True)}
-    return min(values) >= 2 and all(bool(guard.expr.subs(known)) for guard in env.guards)
+    lengths = [v for s, v in zip(symbols, values, strict=True) if s.node.expr.is_positive]
+    return min(lengths) >= 2 and all(bool(guard.expr.subs(known)) for guard in env.guards)
 
 
 @contextlib.contextmanager

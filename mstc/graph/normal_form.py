@@ -6,7 +6,8 @@ What every later step may rely on (held by `mstc.graph.checker`, but for the las
 - nothing is changed in place, except copies back into mutated inputs at the end;
 - ``torch.no_grad`` stretches are written as ``detach`` of what they read, so no node switches the grad mode;
 - every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``;
-- sizes are computed from the lengths of the inputs, where these tell them (`mstc.graph.lengths`).
+- sizes are computed from the lengths of the inputs, where these tell them (`mstc.graph.lengths`);
+- floats that change from call to call are tensors of no dimension, where an op can read one (`mstc.graph.numbers`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph import functions
 from mstc.graph.lengths import size_by_inputs
+from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.provenance import source_of
 
 aten = torch.ops.aten
@@ -71,6 +73,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _spell_copies(graph, mode)
     _fold_grad_mode(graph, fakes, grad_mode)
     size_by_inputs(traced.gm)
+    numbers_as_tensors(traced.gm)
     graph.eliminate_dead_code()
     graph.lint()
     traced.gm.recompile()

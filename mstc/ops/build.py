@@ -13,10 +13,10 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.graph.costs import UNKNOWN_LENGTH, hint, matmul_flops
+from mstc.graph.costs import UNKNOWN_LENGTH, matmul_flops
 from mstc.graph.live import peak_bytes
 from mstc.graph.regions import Region
-from mstc.graph.sizes import size
+from mstc.graph.sizes import size, symbols_of
 from mstc.graph.text import canonical_text, digest
 from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
@@ -181,8 +181,8 @@ class _Builder:
     def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
         """One symbolic body, which takes the lengths as inputs."""
         names = (*lengths, LENGTH)
-        examples = {**examples_of(self.region), LENGTH: self.recipe.longest}
-        mode, symints = compat.symbolic_lengths({str(s): max(examples[s], 2) for s in names})
+        examples = {**examples_of(self.region), LENGTH: max(self.recipe.longest, 2)}
+        mode, symints = compat.symbolic_lengths({str(s): examples[s] for s in names})
         body = forward_body(self.region, None)
         made = self._compile(mode, body, dict(zip(names, symints, strict=True)), symints)
 
@@ -276,14 +276,14 @@ class _Builder:
 
 def examples_of(region: Region) -> dict[sympy.Symbol, int]:
     """The lengths that the graph was captured with."""
-    found: dict[sympy.Symbol, int] = {}
+    found: dict[sympy.Symbol, int | None] = {}
     nodes = (*region.nodes, *region.sums)
     for node in dict.fromkeys((*nodes, *(i for n in nodes for i in n.all_input_nodes))):
         value = node.meta.get("val")
         for s in value.shape if isinstance(value, torch.Tensor) else [value]:
-            if isinstance(s, torch.SymInt) and isinstance(symbol := size(s), sympy.Symbol):
-                found[symbol] = hint(s)
-    return {s: found.get(s, UNKNOWN_LENGTH) for s in dynamic_lengths(region)}
+            if isinstance(s, torch.SymInt):
+                found |= {symbol: compat.example_of(s, symbol) for symbol in symbols_of([size(s)])}
+    return {s: UNKNOWN_LENGTH if (e := found.get(s)) is None else e for s in dynamic_lengths(region)}
 
 
 def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:

@@ -166,3 +166,26 @@ def test_a_length_that_breaks_a_guard_gets_a_body_of_its_own() -> None:
         p.dynamic._known.clear()
     agrees(fn, fast, model, inputs(2, 30))
     assert special and all(lengths[-1] % 2 for lengths in special)
+
+
+class Kept(nn.Module):
+    """The last ``keep`` tokens, all for 0, padded to whole blocks: numbers that are no length of a tensor."""
+
+    def __init__(self, keep: int) -> None:
+        super().__init__()
+        self.model, self.keep, self.block = Tiny(), keep, 16
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = self.model(x[:, -self.keep :])
+        y = torch.nn.functional.pad(x, (0, 0, 0, (self.block - x.shape[1] % self.block) % self.block))
+        return (self.model.head.weight @ y.transpose(1, 2)).square().mean() + x.logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_numbers_that_are_no_lengths(keep: int) -> None:
+    module = Kept(keep)
+    module.model.head = nn.Linear(8, 8, dtype=torch.float64)
+    fast = compiled(module, dynamic=True)
+    for length in (23, 31):
+        agrees(module, fast, module, inputs(9, length))
+    assert any(r.loop for r in mstc.reports()[-1].regions)

@@ -32,6 +32,7 @@ def pointwise(call: Call) -> Flow | None:
 POINTWISE_RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
+            aten.masked_fill.Tensor,  # its value has no dimension
             aten.__and__.Tensor,
             aten.__and__.Scalar,
             aten.__or__.Tensor,

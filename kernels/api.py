@@ -7,13 +7,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mstc.kernels.common.autocast import under_autocast
 from mstc.kernels.common.checks import (
     check_attention_inputs,
-    check_device,
-    check_dtype,
     check_offsets_form,
     check_same_dtype,
     check_shape,
+    check_tensors,
     fail,
 )
 from mstc.kernels.delta_rule.op import delta_rule
@@ -78,7 +78,8 @@ def linear_attention(
     over K): o_t = scale * q_t (S_{t-1} + diag(bonus) k_t^T v_t).
     Returns o [B, T, H, V], or (o, final state) with ``output_final_state``.
     """
-    _check_common(q, k, v, {"decay": decay, "beta": beta, "bonus": bonus}, initial_state, cu_seqlens)
+    optional = {"decay": decay, "beta": beta, "bonus": bonus}
+    _check_common({"q": q, "k": k, "v": v}, optional, initial_state, cu_seqlens)
     _check_options(q, decay, beta, bonus)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if decay is not None and decay.dim() == 1:
@@ -102,16 +103,16 @@ def _run(
     compiled = torch.compiler.is_compiling()
     if beta is not None:
         if one:
-            return delta_recurrent(q, k, v, decay, beta, initial_state, scale)
+            return under_autocast(delta_recurrent, q.device.type, 3)(q, k, v, decay, beta, initial_state, scale)
         out, final, _ = delta_rule(q, k, v, decay, beta, initial_state, cu_seqlens, scale, compiled)
         return out, final
     if decay is not None and decay.dim() == 4:
         if one:
-            return vector_recurrent(q, k, v, decay, bonus, initial_state, scale)
+            return under_autocast(vector_recurrent, q.device.type, 3)(q, k, v, decay, bonus, initial_state, scale)
         out, final, _ = vector_decay(q, k, v, decay, bonus, initial_state, cu_seqlens, scale, compiled)
         return out, final
     if one:
-        return scalar_recurrent(q, k, v, decay, initial_state, scale)
+        return under_autocast(scalar_recurrent, q.device.type, 3)(q, k, v, decay, initial_state, scale)
     out, final, _ = scalar_decay(q, k, v, decay, initial_state, cu_seqlens, scale, compiled)
     return out, final
 
@@ -161,7 +162,7 @@ def dplr_attention(
 
     q, k, a, b and decay are [B, T, H, K]; everything else is as in ``linear_attention``.
     """
-    _check_common(q, k, v, {"a": a, "b": b, "decay": decay}, initial_state, cu_seqlens)
+    _check_common({"q": q, "k": k, "v": v, "a": a, "b": b, "decay": decay}, {}, initial_state, cu_seqlens)
     dims = list(zip("BTHK", q.shape, strict=True))
     for name, tensor in (("a", a), ("b", b), ("decay", decay)):
         check_shape(name, tensor, dims)
@@ -169,7 +170,7 @@ def dplr_attention(
         check_same_dtype(name, tensor, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _is_one_token(q, cu_seqlens):
-        out, final = dplr_recurrent(q, k, v, a, b, decay, initial_state, scale)
+        out, final = under_autocast(dplr_recurrent, q.device.type, 5)(q, k, v, a, b, decay, initial_state, scale)
     else:
         compiled = torch.compiler.is_compiling()
         out, final, _ = dplr(q, k, v, a, b, decay, initial_state, cu_seqlens, scale, compiled)
@@ -181,18 +182,13 @@ def _is_one_token(q: Tensor, cu_seqlens: Tensor | None) -> bool:
 
 
 def _check_common(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    others: dict[str, Tensor | None],
+    required: dict[str, Tensor],
+    optional: dict[str, Tensor | None],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    named: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, **others, "initial_state": initial_state}
-    check_device("q", {**named, "cu_seqlens": cu_seqlens})
-    for name, tensor in named.items():
-        if tensor is not None:
-            check_dtype(name, tensor)
+    check_tensors(required, {**optional, "initial_state": initial_state, "cu_seqlens": cu_seqlens})
+    q, k, v, *_ = required.values()
     check_attention_inputs(q, k, v)
     batch, _, heads, key = q.shape
     states = batch

@@ -58,6 +58,7 @@ __all__ = [
     "allocating_by",
     "autograd_function_apply",
     "capture",
+    "compile_by_shape",
     "compile_for",
     "compile_name",
     "count_auto_chunkings",
@@ -349,21 +350,62 @@ def trace_flat(
         )(*fakes)
 
 
-def compile_for(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+def compile_for(
+    function: Callable[..., Any], examples: Sequence[torch.Tensor], threads: int | None = None
+) -> Callable[..., Any]:
     """``function`` compiled by Inductor for contiguous tensors of these shapes and dtypes, which no call checks.
 
-    Its code has one thread: a team of several, guards and the unpacking around them take longer than a small body
-    does. A product and its sum are rounded once, together (fma), as ``addcmul`` does eagerly; Inductor's default
-    rounds twice.
+    threads: how many its code has; those of torch at this time unless given. A product and its sum are rounded
+    once, together (fma), as ``addcmul`` does eagerly; Inductor's default rounds twice.
     """
     with torch.no_grad():
         # A function of its own: annotations on the graph's would keep Inductor's cache from naming it.
         graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="fake")(*examples)
-        patches = {"size_asserts": False, "cpp.threads": 1, "cpp.enable_floating_point_contract_flag": "fast"}
+        patches: dict[str, Any] = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+        if threads is not None:
+            patches["cpp.threads"] = threads
         compiled: Callable[..., Any] = standalone_compile(
             graph, list(examples), dynamic_shapes="from_example_inputs", options={"config_patches": patches}
         )
     return compiled
+
+
+def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled by Inductor once for each combination of shapes, dtypes and devices that it is called with.
+
+    It takes and returns nested tuples of tensors and None. Dynamo would run it uncompiled from the ninth shape on.
+    """
+    bodies: dict[object, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(args)
+        tensors = [leaf.contiguous() for leaf in leaves if leaf is not None]
+        forms = [None if leaf is None else (leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        key = (torch.get_num_threads(), *forms)
+        if key not in bodies:
+            bodies[key] = _compile_tree(function, [form is not None for form in forms], spec, tensors)
+        return bodies[key](*tensors)
+
+    return call
+
+
+def _compile_tree(
+    function: Callable[..., Any], given: Sequence[bool], spec: pytree.TreeSpec, examples: Sequence[torch.Tensor]
+) -> Callable[..., Any]:
+    """From the tensors among the leaves of ``spec`` (``given``; the others are None) to what ``function`` returns."""
+    returned: list[Any] = []
+
+    def fill(tensors: Sequence[torch.Tensor], which: Sequence[bool], tree: pytree.TreeSpec) -> Any:
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if there else None for there in which], tree)
+
+    def flat(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves, tree = pytree.tree_flatten(function(*fill(tensors, given, spec)))
+        returned[:] = [leaf is not None for leaf in leaves], tree
+        return tuple(leaf for leaf in leaves if leaf is not None)
+
+    compiled = compile_for(flat, examples)
+    return lambda *tensors: fill(compiled(*tensors), *returned)
 
 
 @contextlib.contextmanager

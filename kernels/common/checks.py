@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from mstc.errors import MstcError
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_offsets_form",
     "check_same_dtype",
     "check_shape",
+    "check_tensors",
     "fail",
 ]
 
@@ -60,6 +62,28 @@ def check_device(reference: str, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != first.device:
             raise fail(name, f"device {tensor.device}", f"the device of {reference}, {first.device}")
+
+
+def check_tensors(required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None]) -> None:
+    """Raise unless all are tensors of one device (the first's), of dtypes that kernels take, without tangents.
+
+    An optional one may be None, and ``cu_seqlens`` is of integers (see ``check_offsets_form``).
+    """
+    named = {**required, **optional}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
+            raise fail(name, type(tensor).__name__, "a tensor" if name in required else "a tensor or None")
+    check_device(next(iter(required)), named)
+    for name, tensor in named.items():
+        if tensor is not None and name != "cu_seqlens":
+            check_dtype(name, tensor)
+            check_no_tangent(name, tensor)
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """Raise under forward-mode AD: an op would drop the tangent without a word. (Dynamo cannot trace the question.)"""
+    if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise fail(name, "a tensor with a tangent (forward-mode AD)", "reverse-mode gradients only")
 
 
 def check_head_dim(name: str, size: int) -> None:

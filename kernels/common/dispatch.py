@@ -24,5 +24,6 @@ def triton_form(tensor: Tensor, name: str) -> ModuleType | None:
     if not takes_triton(tensor):
         return None
     if find_spec("triton") is None:
-        raise fail("q", f"device {tensor.device} without Triton", "a CPU tensor, or `pip install triton`")
+        first = "x" if name == "selective_scan" else "q"
+        raise fail(first, f"device {tensor.device} without Triton", "a CPU tensor, or `pip install triton`")
     return import_module(f"mstc.kernels.{name}.triton")

@@ -65,6 +65,7 @@ class Recurrence:
         backward.register_fake(self._backward_fake)
         forward.register_autograd(self._vjp(backward), setup_context=self._save)
         register_autocast(forward, self.name, cast=self.cast)
+        register_autocast(backward, f"{self.name}_backward", cast=0)
         register_flop_formula(getattr(torch.ops.mstc, self.name))(self._forward_flops)
         register_flop_formula(getattr(torch.ops.mstc, f"{self.name}_backward"))(self._backward_flops)
         return forward  # type: ignore[no-any-return]

@@ -84,7 +84,9 @@ def spans(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int = SEG
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    from mstc.compat import compile_by_shape
+
+    return compile_by_shape(function)
 
 
 def _pick(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:

@@ -98,7 +98,7 @@ def _compile(
 ) -> Callable[..., Block]:
     from mstc.compat import compile_for
 
-    return compile_for(function, [torch.zeros(shape, dtype=dtype) for shape in shapes])
+    return compile_for(function, [torch.zeros(shape, dtype=dtype) for shape in shapes], threads=1)
 
 
 def _body(function: Callable[..., Block], *examples: Tensor) -> Callable[..., Block]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mstc.kernels.common.autocast import register_autocast
-from mstc.kernels.common.checks import check_device, check_dtype, check_offsets_form, check_shape, fail
+from mstc.kernels.common.autocast import register_autocast, under_autocast
+from mstc.kernels.common.checks import check_offsets_form, check_shape, check_tensors, fail
 from mstc.kernels.common.dispatch import takes_triton, triton_form
 from mstc.kernels.common.segments import SEGMENT, count_states, state_dtype
 from mstc.kernels.selective_scan import blocks, chunked
@@ -133,6 +133,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None, _: N
 
 selective_scan_core.register_autograd(_backward, setup_context=_setup_context)
 register_autocast(selective_scan_core, "selective_scan", cast=0)
+register_autocast(selective_scan_backward, "selective_scan_backward", cast=0)
 
 
 @register_flop_formula(torch.ops.mstc.selective_scan)
@@ -200,7 +201,8 @@ def selective_scan(
     """
     _check(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
     if cu_seqlens is None and x.shape[1] == 1:
-        y, final = _one_token(x, dt, A, B, C, initial_state)
+        one_token = under_autocast(_one_token, x.device.type, cast=0)
+        y, final = one_token(x, dt, A, B, C, initial_state)
     else:
         compiled = torch.compiler.is_compiling()
         y, final, _ = selective_scan_core(x, dt, A, B, C, initial_state, cu_seqlens, compiled)
@@ -232,11 +234,9 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    named = {"x": x, "dt": dt, "A": a, "B": b, "C": c, "D": skip, "z": z, "initial_state": initial_state}
-    check_device("x", {**named, "cu_seqlens": cu_seqlens})
-    for name, tensor in named.items():
-        if tensor is not None:
-            check_dtype(name, tensor)
+    optional = {"D": skip, "z": z, "initial_state": initial_state}
+    named = {"x": x, "dt": dt, "A": a, "B": b, "C": c}
+    check_tensors(named, {**optional, "cu_seqlens": cu_seqlens})
     if x.dim() != 3 or x.shape[1] < 1:
         raise fail("x", f"shape {list(x.shape)}", "[B, T, D] with at least one token")
     if a.dim() != 2:
@@ -258,6 +258,6 @@ def _check(
     }
     letters = {"dt": "BTD", "A": "DN", "B": "BTN", "C": "BTN", "D": "D", "z": "BTD", "initial_state": "BDN"}
     for name, shape in wanted.items():
-        tensor = named[name]
+        tensor = {**named, **optional}[name]
         if tensor is not None:
             check_shape(name, tensor, list(zip(letters[name], shape, strict=True)))

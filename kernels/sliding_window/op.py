@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mstc.kernels.common.autocast import register_autocast
-from mstc.kernels.common.checks import check_attention_inputs, check_device, check_dtype, check_offsets_form, fail
+from mstc.kernels.common.checks import check_attention_inputs, check_offsets_form, check_tensors, fail
 from mstc.kernels.common.dispatch import triton_form
 from mstc.kernels.common.segments import state_dtype
 from mstc.kernels.sliding_window import chunked
@@ -89,6 +89,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 sliding_window.register_autograd(_backward, setup_context=_setup_context)
 register_autocast(sliding_window, "sliding_window", cast=3)
+register_autocast(sliding_window_backward, "sliding_window_backward", cast=0)
 
 
 def _seen(tokens: int, window: int, sinks: int) -> int:
@@ -157,13 +158,11 @@ def sliding_window_attention(
     q, k [B, T, H, K]; v [B, T, H, V]; scale: K ** -0.5 unless given. Returns o [B, T, H, V], or
     (o, log-sum-exp of the scores [B, T, H]) with ``return_lse``, which ``merge`` joins with other keys.
     """
-    check_device("q", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens})
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_dtype(name, tensor)
+    check_tensors({"q": q, "k": k, "v": v}, {"cu_seqlens": cu_seqlens})
     check_attention_inputs(q, k, v)
     for name, number, least in (("window", window, 1), ("sinks", sinks, 0)):
-        if number < least:
-            raise fail(name, number, f"{least} or more")
+        if not isinstance(number, int | torch.SymInt) or number < least:
+            raise fail(name, number, f"an int, {least} or more")
     if cu_seqlens is not None:
         check_offsets_form(cu_seqlens, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale

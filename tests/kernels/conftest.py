@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from mstc import compat
+from mstc.kernels.common import segments
+from mstc.kernels.selective_scan import blocks
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float64: 1e-12}
 Form = Callable[..., tuple[Tensor, ...]]
@@ -23,6 +28,23 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Bodies that compiled code would have compiled run as they are: (function, shapes, threads) of each."""
+    made: list[tuple[Any, ...]] = []
+
+    def compile_for(function: Any, examples: list[Tensor], threads: int | None = None) -> Any:
+        made.append((function, [e.shape for e in examples], threads))
+        return function
+
+    monkeypatch.setattr(compat, "compile_for", compile_for)
+    for clear in (segments._compiled.cache_clear, blocks._compile.cache_clear):
+        clear()
+    yield made
+    for clear in (segments._compiled.cache_clear, blocks._compile.cache_clear):
+        clear()
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 import mstc.kernels
 from mstc.errors import MstcError
-from mstc.kernels import KernelArgumentError, linear_attention
+from mstc.kernels import (
+    KernelArgumentError,
+    dplr_attention,
+    linear_attention,
+    selective_scan,
+    sliding_window_attention,
+)
 from mstc.kernels.common import dispatch
 
 
@@ -37,6 +43,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("bonus", {"bonus": torch.randn(3, 4)}, "only with a decay"),
     ("initial_state", {"initial_state": torch.randn(2, 3, 5, 4)}, "[N=2, H=3, K=4, V=5]"),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 6])}, "B=1"),
+    ("cu_seqlens", {"cu_seqlens": [0, 6]}, "a tensor or None"),
+    ("k", {"k": None}, "a tensor"),
+    ("decay", {"decay": -0.5}, "a tensor or None"),
 ]
 
 
@@ -46,6 +55,20 @@ def test_bad_arguments(name: str, change: dict[str, Any], allowed: str) -> None:
         linear_attention(**{**good(), **change})
     assert str(error.value).startswith(f"{name}: got ")
     assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize("window", [0, 2.5, None, torch.tensor(3)])
+def test_a_window_that_is_no_number_of_keys(window: Any) -> None:
+    with pytest.raises(KernelArgumentError, match="^window: got .*; allowed: an int, 1 or more"):
+        sliding_window_attention(**good(), window=window)
+
+
+def test_a_missing_tensor_of_the_other_functions() -> None:
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(KernelArgumentError, match="^B: got NoneType; allowed: a tensor$"):
+        selective_scan(x, x, torch.randn(4, 2), None, torch.randn(1, 3, 2))  # type: ignore[arg-type]
+    with pytest.raises(KernelArgumentError, match="^decay: got NoneType; allowed: a tensor$"):
+        dplr_attention(*torch.randn(5, 1, 3, 2, 4), decay=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("offsets", [[1, 6], [0, 5], [0, 4, 3, 6], [0, 7]])
@@ -70,6 +93,8 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "triton" else name)
     with pytest.raises(KernelArgumentError, match="without Triton.*pip install triton"):
         dispatch.triton_form(OnGpu(), "scalar_decay")  # type: ignore[arg-type]
+    with pytest.raises(KernelArgumentError, match="^x: got "):
+        dispatch.triton_form(OnGpu(), "selective_scan")  # type: ignore[arg-type]
 
 
 def test_float64_takes_the_chunked_form_on_a_gpu() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mstc import compat
 from mstc.kernels.api import linear_attention
 from mstc.kernels.common.segments import SEGMENT
 from mstc.kernels.scalar_decay.chunked import BODY
@@ -169,6 +170,35 @@ def test_bodies_are_whole_under_inductor(decay: str) -> None:
     forward = torch.compile(BODY.forward, fullgraph=True)
     for got, wanted in zip(forward(tokens, (), state), BODY.forward(tokens, (), state), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_bodies_of_many_shapes_are_all_compiled(uncompiled: list[Any]) -> None:
+    """Dynamo would run the ninth shape, and those after it, uncompiled."""
+    for key in [*range(1, 13), *range(1, 13)]:
+        inputs = make(600, "token", key=key, value=4, batch=1)
+        args = (inputs["q"], inputs["k"], inputs["v"], inputs["decay"], inputs["initial_state"], None, 0.5)
+        for got, wanted in zip(scalar_decay(*args, True), scalar_decay(*args, False), strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert len(uncompiled) == 12 * 2  # a whole segment, and the rest of 88 tokens
+
+
+@pytest.mark.inductor
+def test_a_body_with_none_among_its_inputs_and_outputs() -> None:
+    calls: list[int] = []
+
+    def body(tokens: tuple[Tensor | None, ...], x: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        calls.append(x.shape[0])
+        return (None, x * 2 if tokens[0] is None else tokens[0] + x), x + 1
+
+    compiled = compat.compile_by_shape(body)
+    for size in (2, 3):
+        for first in (None, torch.ones(size)):
+            for _ in range(2):
+                (nothing, got), more = compiled((first,), torch.arange(float(size)))
+                assert nothing is None
+                assert torch.equal(got, body((first,), torch.arange(float(size)))[0][1])
+                assert torch.equal(more, torch.arange(float(size)) + 1)
+    assert len(calls) == 2 * 2 * 3  # traced once, and called twice by this test, for each
 
 
 def test_autocast() -> None:

@@ -140,24 +140,22 @@ def test_compiled_code_takes_blocks(threads: int, monkeypatch: pytest.MonkeyPatc
     assert taken
 
 
-def test_bodies_are_compiled_once_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_are_compiled_once_for_any_number_of_threads(uncompiled: list[Any]) -> None:
     """Their code has one thread, so that it is the same."""
-    made: list[Any] = []
-    monkeypatch.setattr(compat, "compile_for", lambda function, examples: made.append(function) or function)
-    blocks._compile.cache_clear()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         compiled_op(**make(40))
-    blocks._compile.cache_clear()
-    assert made == [blocks.forward_block]
+    assert [(function, threads) for function, _, threads in uncompiled] == [(blocks.forward_block, 1)]
 
 
-def test_code_for_bodies_has_one_thread() -> None:
+@pytest.mark.parametrize("threads", [1, None])
+def test_threads_of_compiled_code(threads: int | None) -> None:
     torch.set_num_threads(2)
-    doubled = torch.randn(64, 4096)
-    body, code = run_and_get_code(lambda: compat.compile_for(lambda x: (x.exp() + 1.25,), [doubled]))
-    torch.testing.assert_close(body(doubled)[0], doubled.exp() + 1.25)
-    assert "exp()" in code[0] and "omp parallel" not in code[0]
+    x = torch.randn(64, 4096)
+    body, code = run_and_get_code(lambda: compat.compile_for(lambda x: (x.exp() + 1.25,), [x], threads))
+    torch.testing.assert_close(body(x)[0], x.exp() + 1.25)
+    assert "exp()" in code[0]
+    assert ("#pragma omp parallel" in code[0]) == (threads is None)
 
 
 def compiled_op(**inputs: Any) -> tuple[Tensor, Tensor]:

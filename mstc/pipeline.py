@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from mstc.errors import StrictError
 from mstc.graph.checker import check
+from mstc.graph.copies import copy_of
 from mstc.graph.describe import describe
 from mstc.graph.editor import Editor
 from mstc.options import Options
@@ -51,7 +52,7 @@ def run(
     """
     editor = Editor(gm)
     if stages is not None:
-        stages.append(("", _copy(gm)))
+        stages.append(("", copy_of(gm)[0]))
     if watcher is not None:
         watcher.start(gm)
     for step in PASSES:
@@ -59,7 +60,7 @@ def run(
             continue
         done = _run_one(step, editor, ctx, report)
         if done.changed and stages is not None:
-            stages.append((step.name, _copy(gm)))
+            stages.append((step.name, copy_of(gm)[0]))
         if watcher is not None:
             watcher.ran(step, gm, done)
     report.edits = list(editor.edits)
@@ -96,12 +97,6 @@ def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:
     seconds = time.perf_counter() - started
     report.timings[step.name] = seconds
     return Ran(bool(sites), seconds, tuple(editor.edits[edits:]), tuple(report.refusals[refusals:]))
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)  # with the constants that the graph reads
 
 
 def hold_to_word(options: Options, report: Report) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,18 @@ class Analysis:
     regions: list[Region]
 
 
-def key_of(call: str, products: Mapping[str, tuple[str, ...]]) -> str:
-    return ",".join(products[call]) if call in products else call
+@dataclass(frozen=True)
+class Chosen:
+    """What a plan says of a loop or mixer.
+
+    chunks: how many; again: it runs again in the backward; offload: positions of its results that are offloaded;
+    saves: names of the values inside it that wait for its backward.
+    """
+
+    chunks: int = 1
+    again: bool = False
+    offload: tuple[int, ...] = ()
+    saves: tuple[str, ...] = ()
 
 
 @dataclass
@@ -44,10 +54,7 @@ class Context:
     compile_body: lowers a loop body for fake example inputs; explained: bodies are not to run, so
     their programs must not be taken for compiled ones;
     planning: the graph is a draft that never runs.
-    counts, again: the plan under a memory budget: chunks of a loop by the names of the products in its region, and
-    which loops (by those names) and mixers run again in the backward; products: those names by loop call;
-    offload: positions of the results of loops (by those names) and other calls that are offloaded;
-    saves: names of values inside a loop (by those names) that wait for its backward.
+    chosen: the plan under a memory budget, by `key_of` each call; keys: of the loops, by the names of their calls.
     """
 
     options: Options
@@ -57,11 +64,8 @@ class Context:
     compile_body: Compiler = _no_compiler
     explained: bool = False
     planning: bool = False
-    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
-    again: dict[str, bool] = field(default_factory=dict)
-    products: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    offload: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    saves: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    chosen: dict[str, Chosen] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     _analysis: Analysis | None = None
 
     def analysis(self, gm: fx.GraphModule) -> Analysis:
@@ -76,8 +80,8 @@ class Context:
         self._analysis = None
 
     def key_of(self, call: str) -> str:
-        """How a plan knows a call: a loop by the names of its products, anything else by its own."""
-        return key_of(call, self.products)
+        """How a plan knows a call: a loop by the names of its products (`loop_key`), anything else by its own."""
+        return self.keys.get(call, call)
 
 
 @dataclass(frozen=True)

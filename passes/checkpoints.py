@@ -32,7 +32,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[CheckpointSite]:
         return
     taken = set().union(*ctx.facts.get("checkpoints", {}).values())
     for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-        if node.meta.get("recompute") and (node.meta["ac_graph_id"] in taken or ctx.again or ctx.planning):
+        if node.meta.get("recompute") and (node.meta["ac_graph_id"] in taken or ctx.chosen or ctx.planning):
             yield CheckpointSite(node)
 
 

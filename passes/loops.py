@@ -45,9 +45,9 @@ class LoopSite:
     saves: tuple[fx.Node, ...] = ()
 
 
-def products_of(region: Region) -> tuple[str, ...]:
-    """The names of a region's products, by which a plan knows it."""
-    return tuple(n.name for n in region.heavy)
+def loop_key(region: Region) -> str:
+    """The names of a region's products, by which a plan knows its loop before the loop is there."""
+    return ",".join(n.name for n in region.heavy)
 
 
 def chunks_of(region: Region, asked: int | str, ctx: Context) -> Chunks | None:
@@ -56,8 +56,8 @@ def chunks_of(region: Region, asked: int | str, ctx: Context) -> Chunks | None:
         return None
     if ctx.planning:
         return choose(region, asked) if isinstance(asked, int) else drafted(region)
-    count = ctx.counts.get(products_of(region))
-    return None if count is None else Chunks(count, "as planned under the memory budget")
+    chosen = ctx.chosen.get(loop_key(region))
+    return None if chosen is None else Chunks(chosen.chunks, "as planned under the memory budget")
 
 
 def is_loop(node: fx.Node) -> bool:
@@ -144,7 +144,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
             editor.keep(new)
     if site.mixer:
         ctx.facts.setdefault("mixers", {})[call] = program.label
-    ctx.products[call.name] = products_of(site.region)
+    ctx.keys[call.name] = loop_key(site.region)
     if site.recompute:
         ctx.facts.setdefault("recompute", {})[call] = program.label
     ctx.facts.setdefault("loops", {})[call] = replace(

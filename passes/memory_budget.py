@@ -15,12 +15,13 @@ import torch
 import torch.fx as fx
 
 from mstc.errors import PlanError
+from mstc.graph.copies import copy_of
 from mstc.graph.editor import Editor
 from mstc.options import Budget
-from mstc.passes.base import Context, Pass, key_of, refuse
+from mstc.passes.base import Chosen, Context, Pass, refuse
 from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.lm_head import LM_HEAD
-from mstc.passes.loops import products_of, savings_of
+from mstc.passes.loops import loop_key, savings_of
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.recompute import RECOMPUTE
 from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
@@ -41,22 +42,18 @@ _LEVERS = {
 
 @dataclass(frozen=True)
 class BudgetSite:
-    """The plan: chunks per loop (by the names of its products), calls that run again, results that are offloaded,
-    values inside loops that are saved, and what is expected of it."""
+    """The plan, by the keys of the calls, and what is expected of it."""
 
-    counts: dict[tuple[str, ...], int]
-    again: dict[str, bool]
-    offload: dict[str, tuple[int, ...]]
-    saves: dict[tuple[str, ...], tuple[str, ...]]
+    chosen: dict[str, Chosen]
     lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A graph as it would run: its calls, and for each loop call the names of the products in its region."""
+    """A graph as it would run: its calls, and the keys of its loops by the names of these."""
 
     step: Step
-    products: dict[str, tuple[str, ...]]
+    keys: dict[str, str]
     dtype: str
     device: Device
 
@@ -78,23 +75,20 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[BudgetSite | Refusal]:
 
 
 def apply(editor: Editor, site: BudgetSite, ctx: Context) -> None:
-    ctx.counts.update(site.counts)
-    ctx.again.update(site.again)
-    ctx.offload.update(site.offload)
-    ctx.saves.update(site.saves)
+    ctx.chosen.update(site.chosen)
     ctx.plan.extend(site.lines)
 
 
 def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> Draft:
     """The graph with every region as a loop, drafted on a copy."""
-    copied, twins = _copy(gm)
+    copied, twins = copy_of(gm)
     trial = Context(ctx.options, ctx.training, compile_body=_nothing, planning=True)
     trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
     editor = Editor(copied)
-    savings: dict[tuple[str, ...], list[Saving]] = {}
+    savings: dict[str, list[Saving]] = {}
     for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE):
         sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if one.runs(ctx.options) else []
-        savings |= {products_of(s.region): savings_of(s, trial) for s in sites if one is MINI_SEQUENCE}
+        savings |= {loop_key(s.region): savings_of(s, trial) for s in sites if one is MINI_SEQUENCE}
         for site in sites:
             one.apply(editor, site, trial)
         if sites:
@@ -106,9 +100,9 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     dtype = str(widest.dtype).removeprefix("torch.")
     step = read_step(copied, ctx.training)
     # Loops of earlier passes (attention by chunks of queries) are as they are.
-    step.calls = [c if c.name in trial.products or c.program is None else _settled(c) for c in step.calls]
-    step = with_savings(step, {name: savings.get(products, ()) for name, products in trial.products.items()})
-    return Draft(step, trial.products, dtype, device or local(widest.device.type))
+    step.calls = [c if c.name in trial.keys or c.program is None else _settled(c) for c in step.calls]
+    step = with_savings(step, {name: savings.get(key, ()) for name, key in trial.keys.items()})
+    return Draft(step, trial.keys, dtype, device or local(widest.device.type))
 
 
 def _settled(call: Call) -> Call:
@@ -176,16 +170,19 @@ def chosen_step(draft: Draft, stages: list[Stage], solution: Solution) -> Step:
 
 def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget) -> BudgetSite:
     step = chosen_step(draft, stages, solution)
-    counts = {draft.products[c.name]: c.launches for c in step.calls if c.name in draft.products}
-    again, offload = {}, {}
-    for before, after in zip(draft.step.calls, step.calls, strict=True):
-        key = key_of(before.name, draft.products)
-        if can_run_again(before):
-            again[key] = after.again
-        if after.offloads:
-            offload[key] = tuple(after.makes.index(m) for m in after.offloads)
+    chosen = {
+        draft.keys.get(before.name, before.name): Chosen(
+            after.launches,
+            after.again and can_run_again(before),
+            tuple(after.makes.index(m) for m in after.offloads),
+            after.saved,
+        )
+        for before, after in zip(draft.step.calls, step.calls, strict=True)
+        if before.name in draft.keys or can_run_again(before) or after.offloads
+    }
     peak = simulate(step).peak
-    ahead = max(solution.peak - peak.total, 0) if offload and draft.device.overlaps else 0
+    offloads = any(c.offload for c in chosen.values())
+    ahead = max(solution.peak - peak.total, 0) if offloads and draft.device.overlaps else 0
     parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB)
     lines = (
         f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {(peak.total + ahead) / MIB:.0f} MiB ({parts}), "
@@ -193,8 +190,7 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
         *_choices_in_words(step),
         *_offloaded_in_words(step),
     )
-    saves = {draft.products[c.name]: c.saved for c in step.calls if c.saved}
-    return BudgetSite(counts, again, offload, saves, lines)
+    return BudgetSite(chosen, lines)
 
 
 def _choices_in_words(step: Step) -> list[str]:
@@ -217,15 +213,6 @@ def _offloaded_in_words(step: Step) -> list[str]:
 def _nothing(gm: fx.GraphModule, inputs: Any) -> Any:
     """The body of a draft is never run."""
     return None
-
-
-def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of the graph, and the copy of each node."""
-    graph = fx.Graph()
-    twins: dict[fx.Node, fx.Node] = {}
-    node = graph.output(graph.graph_copy(gm.graph, twins))
-    node.meta = dict(gm.graph.output_node().meta)
-    return fx.GraphModule(gm, graph), twins
 
 
 MEMORY_BUDGET = Pass("memory_budget", "memory_budget", Fidelity.EXACT, find, apply)

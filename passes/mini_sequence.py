@@ -17,8 +17,8 @@ from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.labels import region_label
 from mstc.graph.regions import Region
-from mstc.passes.base import Context, Pass, refuse
-from mstc.passes.loops import LoopSite, apply_loop, chunks_of, products_of, read_by_loop
+from mstc.passes.base import Chosen, Context, Pass, refuse
+from mstc.passes.loops import LoopSite, apply_loop, chunks_of, loop_key, read_by_loop
 from mstc.plan.chunks import choose
 from mstc.plan.split import Part, split_recompute
 from mstc.report import Fidelity, Refusal
@@ -30,7 +30,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
     asked = ctx.options.mini_sequence.chunk_tokens
     for region in regions:
         chunks = choose(region, asked)
-        parts = _parts(axes, region, regions, ctx) if chunks.count > 1 or ctx.planning or ctx.counts else []
+        parts = _parts(axes, region, regions, ctx) if chunks.count > 1 or ctx.planning or ctx.chosen else []
         planned = [chunks_of(part.region, asked, ctx) for part in parts]
         if chunks.count == 1 and (None in planned or not planned):
             yield refuse(
@@ -38,11 +38,10 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
             )
             continue
         for part, count in zip(parts, planned, strict=True):
-            again = part.recompute and ctx.again.get(",".join(products_of(part.region)), True)
+            chosen = ctx.chosen.get(loop_key(part.region), Chosen(again=True))
             kept = tuple(not part.recompute and _kept(n, regions, region, ctx) for n, _ in part.region.outputs)
-            saved = ctx.saves.get(products_of(part.region), ())
-            values = tuple(n for n in part.region.nodes if n.name in saved)
-            label = region_label(part.region)
+            again, label = part.recompute and chosen.again, region_label(part.region)
+            values = tuple(n for n in part.region.nodes if n.name in chosen.saves)
             yield LoopSite(part.region, count or chunks, kept, again, False, label, saves=values)
 
 

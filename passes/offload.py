@@ -29,9 +29,9 @@ class OffloadSite:
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[OffloadSite]:
     loops = ctx.facts.get("loops", {})
     for node in gm.graph.nodes:
-        results = ctx.offload.get(ctx.key_of(node.name)) or ctx.offload.get(node.name)
-        if node.op == "call_function" and results:
-            yield OffloadSite(node, results, loops[node].label if node in loops else node.name)
+        chosen = ctx.chosen.get(ctx.key_of(node.name)) or ctx.chosen.get(node.name)
+        if node.op == "call_function" and chosen is not None and chosen.offload:
+            yield OffloadSite(node, chosen.offload, loops[node].label if node in loops else node.name)
 
 
 def apply(editor: Editor, site: OffloadSite, ctx: Context) -> None:

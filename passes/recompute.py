@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from mstc.graph.editor import Editor
-from mstc.passes.base import Context, Pass
+from mstc.passes.base import Chosen, Context, Pass
 from mstc.passes.loops import is_loop
 from mstc.report import Fidelity
 
@@ -38,7 +38,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[RecomputeSite]:
             continue  # a block of the user's runs again as a whole
         if node in loops:
             yield RecomputeSite(node, loops[node], block)
-        elif ctx.again.get(node.name):
+        elif ctx.chosen.get(node.name, Chosen()).again:
             yield RecomputeSite(node, "attention", block)
 
 

@@ -7,7 +7,8 @@ residual stream). With everything before it reduced to the bytes that it keeps,
                                  resident + sum_{j<i} saved_j + sum_{j>i} gradients_j + backward_i,
 
 so stages that are alike are measured once. What a stage offloads is not saved, but where the next stage reads it, it
-is held there again: `Option.carry` bytes, which the solver adds to the stage that follows.
+is held there again, as is what the next stage reads and no backward does: `Option.carry` bytes, which the solver adds
+to the stage that follows.
 """
 
 from __future__ import annotations
@@ -234,11 +235,12 @@ def _option(step: Step, calls: list[Call], choice: Choice, device: Device, dtype
     base = sum(step.sizes[m] for m in outer)
     kept_later = {m for m in _kept(step) if m in inner}
     offloaded = {m for c in chosen for m in c.offloads}
-    saved = (timeline.kept | kept_later) - offloaded
+    saved = ((timeline.kept | kept_later) - offloaded) | (inner & set(step.outputs))
     away = sum(step.sizes[m] for m in offloaded)
     behind = sum(step.sizes[m] for m in offloaded & later)
+    passing = sum(step.sizes[m] for m in later - saved - offloaded)
     # Where copies overlap, what the stage before needs is on its way already while this one runs its backward.
-    carry = (behind, behind + away if device.overlaps else behind)
+    carry = (behind + passing, behind + away if device.overlaps else behind)
     return Option(
         choice,
         sum(step.sizes[m] for m in saved),

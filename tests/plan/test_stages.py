@@ -1,0 +1,76 @@
+"""Stages measured one by one add up to the whole schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mstc.cli.plan.draft import capture
+from mstc.passes.memory_budget import Draft, chosen_step, resident_of
+from mstc.plan.devices import local
+from mstc.plan.memory import simulate
+from mstc.plan.solve import frontier
+from mstc.plan.stages import Levers, stages_of
+from testkit.hf_models import config_of
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 8192,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _draft(kind: str) -> Draft:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config_of(kind, **_SIZES)).train()
+
+    def loss_fn(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+    return capture(loss_fn, [torch.zeros(1, 1024, dtype=torch.long)], local("cpu"), "aot_eager")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_what_the_solver_promises_is_what_the_schedule_holds(kind: str, offload: bool) -> None:
+    draft = _draft(kind)
+    stages = stages_of(draft.step, draft.device, draft.dtype, Levers(offload=offload))
+    plans = frontier(stages, resident_of(draft.step), most=16)
+    assert len(plans) > 5
+    for plan in plans:
+        held = simulate(chosen_step(draft, stages, plan)).peak.total
+        assert held <= 1.002 * plan.peak
+        assert held >= 0.97 * plan.peak
+
+
+def test_memory_to_spare_is_spent_on_what_would_be_computed_again() -> None:
+    draft = _draft("llama")
+    stages = stages_of(draft.step, draft.device, draft.dtype)
+    spare, tight = frontier(stages, resident_of(draft.step), most=2)
+    without = frontier(stages_of(draft.step, draft.device, draft.dtype, Levers(saves=False)), resident_of(draft.step))
+    assert spare.seconds < tight.seconds
+    assert spare.seconds < without[0].seconds and spare.peak > without[0].peak
+    assert all(not any(o.choice.saves) for o in without[0].options)
+    assert [o.choice.saves[-1] > 0 for o in spare.options if len(o.choice.saves) == 2] == [True] * 3

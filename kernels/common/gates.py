@@ -58,15 +58,17 @@ def segment_gradient(p: Tensor) -> Tensor:
     return (p.new_ones(size, size).triu() @ p).tril_(-1).sum(-1)
 
 
-def scan_states(decay: Tensor | None, added: Tensor, initial: Tensor, reverse: bool = False) -> Tensor:
-    """S_0 .. S_N, [X, N + 1, K, V], with S_n = exp(c_n) S_{n-1} + B_n from S_0 = ``initial``.
+def scan_states(decay: Tensor | None, added: Tensor, initial: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """S_0 .. S_{N-1}, [X, N, K, V], and S_N, with S_n = exp(c_n) S_{n-1} + B_n from S_0 = ``initial``.
 
-    decay: c [X, N] or None for 0; added: B [X, N, K, V]; initial [X, K, V]. In reverse S_{n-1} = exp(c_n) S_n + B_n
-    from S_N = ``initial``: the gradient of the scan.
+    decay: c [X, N] or None for 0; added: B [X, N, K, V]; initial [X, K, V]. In reverse S_1 .. S_N and S_0, with
+    S_{n-1} = exp(c_n) S_n + B_n from S_N = ``initial``: the gradient of the scan. The last one stands apart, since
+    a product would copy a slice of them all.
     """
     factors = None if decay is None else decay.to(added.dtype).exp()[..., None, None]
     states, order = [initial], range(added.shape[1])
     for n in reversed(order) if reverse else order:
         last = states[-1]
         states.append(added[:, n] + last if factors is None else torch.addcmul(added[:, n], factors[:, n], last))
-    return torch.stack(states[::-1] if reverse else states, 1)
+    *seen, last = states
+    return torch.stack(seen[::-1] if reverse else seen, 1), last

@@ -37,24 +37,18 @@ from mstc.kernels.common.segments import Body, Tokens
 __all__ = ["BODY"]
 
 
-def _states(k: Tensor, v: Tensor, to_end: Tensor | None, last: Tensor | None, state: Tensor) -> Tensor:
-    """The states before each chunk and after the last, [X, N + 1, K, V]."""
-    weighted = k if to_end is None else k * to_end.unsqueeze(-1)
-    return scan_states(last, weighted.mT @ v, state)
-
-
 def forward(tokens: Tokens, shared: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
     """tokens: q (already scaled), k, v, decay or None."""
     q, k, v, g = tokens
     if g is None:
-        states = _states(k, v, None, None, state)
+        before, after = scan_states(None, k.mT @ v, state)
         scores, q_state = (q @ k.mT).tril(), q
     else:
         total = running_sum(g)
         from_start, to_end, last = chunk_decays(total, q.dtype)
-        states = _states(k, v, to_end, last, state)
+        before, after = scan_states(last, (k * to_end.unsqueeze(-1)).mT @ v, state)
         scores, q_state = pair_decays(total, q.dtype).mul_(q @ k.mT), q * from_start.unsqueeze(-1)
-    return (scores @ v).add_(q_state @ states[:, :-1]), states[:, -1]
+    return (scores @ v).add_(q_state @ before), after
 
 
 def backward(
@@ -67,8 +61,8 @@ def backward(
     total = running_sum(g)
     from_start, to_end, last = chunk_decays(total, q.dtype)
     q_start, k_end = q * from_start.unsqueeze(-1), k * to_end.unsqueeze(-1)
-    before = scan_states(last, k_end.mT @ v, state)[:, :-1]
-    after, initial = _grad_states(q_start, do, last, grad_state)
+    before, _ = scan_states(last, k_end.mT @ v, state)
+    after, initial = scan_states(last, q_start.mT @ do, grad_state, reverse=True)
     pairs = pair_decays(total, q.dtype)
     products = q @ k.mT
     dscores = (do @ v.mT).mul_(pairs)
@@ -81,18 +75,12 @@ def backward(
     return (dq_state.add_(dscores @ k), dk_state.add_(dscores.mT @ q), dv, dg), (), initial
 
 
-def _grad_states(q_start: Tensor, do: Tensor, last: Tensor | None, grad_state: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the state after each chunk [X, N, K, V], and of the initial state: the scan in reverse."""
-    grads = scan_states(last, q_start.mT @ do, grad_state, reverse=True)
-    return grads[:, 1:], grads[:, 0]
-
-
 def _backward_plain(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, do: Tensor, grad_state: Tensor
 ) -> tuple[Tokens, Tokens, Tensor]:
     """The same with g = 0."""
-    before = scan_states(None, k.mT @ v, state)[:, :-1]
-    after, initial = _grad_states(q, do, None, grad_state)
+    before, _ = scan_states(None, k.mT @ v, state)
+    after, initial = scan_states(None, q.mT @ do, grad_state, reverse=True)
     dscores = (do @ v.mT).tril()
     dq = dscores @ k + do @ before.mT
     dk = dscores.mT @ q + v @ after.mT

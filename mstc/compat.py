@@ -21,6 +21,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.compiled_autograd import _disable as without_compiled_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import TensorifyState
@@ -340,8 +341,9 @@ def trace_flat(
     function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> fx.GraphModule:
     """Trace ``function`` over fake tensors below autograd; what it differentiates is recorded as plain ops."""
-    # Inside the fake mode, since derivative formulas make constants of their own.
-    with fake_mode_of_values(fakes):
+    # Inside the fake mode, since derivative formulas make constants of their own. Compiled autograd, where it is on,
+    # would take a gradient that is asked for meanwhile for a graph of its own.
+    with fake_mode_of_values(fakes), without_compiled_autograd():
         return make_fx(
             function,
             decomposition_table=dict(decompositions or {}),

@@ -85,6 +85,12 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.nodes:
+            if node.op == "get_attr" and _is_changed(node, module):
+                raise NotNormalError(
+                    f"{node.target}, which the graph holds itself, is changed in place (an optimizer's step)",
+                    node.name,
+                    source_of(node),
+                )
             if compat.is_transform_switch(node):
                 raise NotNormalError("the graph holds a function transform (vmap, grad)", node.name, source_of(node))
             if node.target is compat.autograd_function_apply:
@@ -98,6 +104,17 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
                     node.name,
                     source_of(node),
                 )
+
+
+def _is_changed(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether a tensor of the graph's own is written to: by ``add_``, ``_foreach_mul_`` and others of such names."""
+    if not isinstance(getattr(gm, str(node.target), None), torch.Tensor):
+        return False
+    return any(
+        name.endswith("_") and not name.endswith("__") and node in compat.tree_leaves(user.args[0])
+        for user in node.users
+        if user.args and (name := str(getattr(user.target, "__name__", user.target)))
+    )
 
 
 def _write_back(graph: fx.Graph, mutated: Sequence[int], fakes: Sequence[Any]) -> None:

@@ -198,3 +198,31 @@ def test_what_dropout_returns_may_be_written(p: float, train: bool) -> None:
 
     found = result(torch.compile(fn, backend="mstc", options={"lower": "eager"}))
     torch.testing.assert_close(found, result(fn))
+
+
+def test_a_whole_training_step() -> None:
+    """The optimizer's graph holds the parameters itself and writes to them: it stays as it is, the loss's does not."""
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    models = [nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(50, 8)
+
+    def step_of(model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+        def step() -> None:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    options = {**EAGER, "lm_head": {"chunk_tokens": 9}}
+    steps = step_of(models[0]), torch.compile(step_of(models[1]), backend="mstc", options=options)
+    for step in (*steps, *steps):
+        step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p)
+    assert any("changed in place" in r.reason for report in mstc.reports() for r in report.refusals)
+    assert any(e.pass_name == "lm_head" for report in mstc.reports() for e in report.edits)

@@ -302,3 +302,17 @@ def test_gradients_lie_in_memory_as_their_weights(lower: str) -> None:
     assert found.stride() == weight.stride()
     expected = torch.autograd.grad(F.cross_entropy(x @ weight.t(), labels), weight)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+def test_under_compiled_autograd(lower: str) -> None:
+    """Bodies are traced with gradients of their own while it is on; it must not take those."""
+    model = Tiny()
+    fn, given = step(model), inputs()
+    leaves = dict(model.named_parameters())
+    _, expected = gradients_of(fn, leaves, given)
+    torch._dynamo.reset()
+    fast = torch.compile(fn, backend="mstc", options=chunked(7, 5, lower))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        _, got = gradients_of(fast, leaves, given)
+    assert max(gradient_errors(got, expected).values()) < 1e-9

@@ -60,6 +60,7 @@ POINTWISE_RULES: dict[object, Rule] = {
             aten.full_like.default,
             aten.empty_like.default,
             aten.relu6.default,
+            aten.hardswish.default,
             aten.selu.default,
             aten.celu.default,
             aten.log_sigmoid.default,

@@ -353,7 +353,8 @@ CASES: dict[Any, Case] = {
         (
             aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
             aten.lift_fresh_copy.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default,
-            aten.relu6.default, aten.selu.default, aten.celu.default, aten.log_sigmoid.default, aten.square.default,
+            aten.relu6.default, aten.hardswish.default, aten.selu.default, aten.celu.default,
+            aten.log_sigmoid.default, aten.square.default,
         ),
         _one(),
     ),
@@ -362,6 +363,7 @@ CASES: dict[Any, Case] = {
     **dict.fromkeys((aten.floor_divide.default, aten.true_divide.Tensor, aten.type_as.default), _two()),
     aten.type_as.default: _copy,
     aten.floor_divide.Scalar: _one(2.0),
+    aten.masked_fill.Tensor: lambda p: (p.tensor(s := p.shape()), p.tensor(p.smaller(s), torch.bool), p.tensor([])),
     aten.where.ScalarOther: _masked(True),
     aten.where.ScalarSelf: _masked(False),
     aten.where.Scalar: lambda p: (p.tensor(p.shape(), torch.bool), 1.0, 2.0),

@@ -231,16 +231,20 @@ class Traced:
 
 
 def trace_functional(
-    gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode, function: Callable[..., Any]
+    gm: fx.GraphModule,
+    fakes: Sequence[Any],
+    mode: FakeTensorMode,
+    function: Callable[..., Any],
+    whole: Callable[[OpOverload], bool],
 ) -> Traced:
     """Retrace a Dynamo graph into functional ATen ops, before autograd.
 
-    ``export=True`` keeps linear, attention, norms and losses whole. New values of mutated
+    Of the ops that are made of others those are kept for which ``whole`` holds. New values of mutated
     inputs follow the graph's own outputs, in the order of ``Traced.mutated``. Autocast, where it is on
     or the graph switches it on, is written out as casts. ``function`` is called in place of
     `autograd_function_apply`.
     """
-    functional = compat_autocast.CastingMode()
+    functional = compat_autocast.CastingMode(whole)
     switches = compat_autocast.Switches()
     mutated: list[int] = []
     retyped: list[int] = []

@@ -11,6 +11,7 @@ Versions checked: 2.13 by running; 2.11 and 2.12 by reading their sources.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ _KEYS: dict[str, torch._C.DispatchKey] = {
 }
 # A device type that autocast supports and no graph of ours has tensors of.
 _ELSEWHERE = "ipu"
+
+# Made of one step per token, which would be written out.
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 # Made of a softmax and a loss, which autocast runs in float32, where it has no kernel of its own.
 _FLOAT32_WHOLE = (aten.cross_entropy_loss.default,)
@@ -125,11 +129,20 @@ class Switches:
 
 
 class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
-    """Functionalization before autograd; autocast, and dropout that draws nothing, are applied and not recorded."""
+    """Functionalization before autograd; autocast, and dropout that draws nothing, are applied and not recorded.
 
-    def __init__(self) -> None:
+    whole: which ops are recorded as they are where PyTorch's own autograd would see the ops that they are made of.
+    """
+
+    def __init__(self, whole: Callable[[OpOverload], bool]) -> None:
         super().__init__(pre_dispatch=True, export=True)
         self._casts = 0
+        self._whole = whole
+
+    def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if super()._can_decompose(func, args, kwargs):
+            return True
+        return _is_made_of_others(func) and not self._whole(func)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -177,6 +190,15 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         with self:
             found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, widen, (args, kwargs))
         return found
+
+
+@functools.cache
+def _is_made_of_others(func: OpOverload) -> bool:
+    """Whether PyTorch has no derivative for the op but runs others in its place, not once per token."""
+    if func.namespace != "aten" or not func._can_decompose() or torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    tensors = all("Tensor" in str(r.type) for r in func._schema.returns)
+    return tensors and func.overloadpacket.__name__ not in _RECURRENT
 
 
 def _draws(x: torch.Tensor, p: float, train: bool) -> bool:

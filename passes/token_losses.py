@@ -32,7 +32,10 @@ _LOSSES = (
     aten.l1_loss.default,
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
+    aten.binary_cross_entropy.default,
     aten.binary_cross_entropy_with_logits.default,
+    aten.soft_margin_loss.default,
+    aten.multi_margin_loss.default,
     aten.kl_div.default,
 )
 _CLASSIFYING = _LOSSES[:3]

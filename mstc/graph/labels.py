@@ -19,6 +19,7 @@ _LOSSES = {
     aten.mse_loss.default: "squared error",
     aten.l1_loss.default: "absolute error",
     aten.kl_div.default: "KL divergence",
+    aten.binary_cross_entropy.default: "binary cross-entropy",
     aten.binary_cross_entropy_with_logits.default: "binary cross-entropy",
 }
 _ACTIVATIONS = (

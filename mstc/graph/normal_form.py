@@ -24,6 +24,7 @@ from mstc.graph import functions
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.provenance import source_of
+from mstc.graph.rules import rule_of
 
 aten = torch.ops.aten
 
@@ -62,7 +63,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     placeholders = folded.graph.find_nodes(op="placeholder")
     fakes = compat.fake_inputs(placeholders, inputs, mode)
     grad_mode = torch.is_grad_enabled()
-    traced = compat.trace_functional(folded, fakes, mode, functions.call)
+    traced = compat.trace_functional(folded, fakes, mode, functions.call, _has_rule)
     if traced.retyped:
         name = placeholders[traced.retyped[0]].name
         raise NotNormalError(f"input {name} has its shape or strides changed in place", name)
@@ -78,6 +79,10 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     graph.lint()
     traced.gm.recompile()
     return NormalForm(traced.gm, any(n.meta.get("needs_grad") for n in graph.nodes))
+
+
+def _has_rule(target: object) -> bool:
+    return rule_of(target) is not None
 
 
 def _refuse_unknown(gm: fx.GraphModule) -> None:

@@ -66,16 +66,15 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
     drawing: let masks be drawn inside, as if they were drawn outside already.
     """
     regions: list[Region] = []
+    order = {node: i for i, node in enumerate(graph.nodes)}
     taken = position_only(graph, axes)
     for axis, proofs in _token_axes(graph, axes, taken, drawing):
         for nodes in _components(graph, proofs):
             if any(_has_weight(n) for n in nodes):
                 # A sum may be tokenwise along another axis: it belongs to the region that claims it first.
-                ordered = [n for n in graph.nodes if n in nodes]
-                sums = [s for s in _sums_of(axes, axis, ordered) if s not in taken]
+                sums = [s for s in _sums_of(axes, axis, sorted(nodes, key=order.__getitem__)) if s not in taken]
                 regions.append(make_region(axes, axis, nodes, sums))
                 taken |= {*nodes, *sums}
-    order = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(regions, key=lambda r: order[r.nodes[0]])
 
 

@@ -77,7 +77,8 @@ def dense(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """``x`` itself where it lies densely in ``order``, else a copy that does."""
     want = dense_strides(x.shape, order)
     if all(a == b for a, b, n in zip(x.stride(), want, x.shape, strict=True) if n != 1):
-        return x
+        # Strides of dimensions of size 1 reach no element, but kernels read a memory format off all strides.
+        return x if x.stride() == want else x.as_strided(x.shape, want)
     return torch.empty_strided(x.shape, want, dtype=x.dtype, device=x.device).copy_(x)
 
 

@@ -44,7 +44,8 @@ class Call:
     work: temporaries of forward and backward; flops, moved (bytes): of both; again: it runs again in the backward;
     cheap: neither a product nor a mixer; program: of a loop; rows: of its products; launches: chunks;
     offloads: those of its results that wait for the backward elsewhere;
-    savings: what its loop may save inside it; saved: what it does save (names of nodes).
+    savings: what its loop may save inside it; saved: what it does save (names of nodes);
+    fresh: bytes that a loop asks of the system, forward and backward.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Call:
     offloads: tuple[str, ...] = ()
     savings: tuple[Saving, ...] = ()
     saved: tuple[str, ...] = ()
+    fresh: tuple[float, float] = (0.0, 0.0)
 
     def saving(self, level: int) -> Call:
         """The same loop saving what level ``level`` of its savings says (0: nothing inside it)."""
@@ -82,7 +84,8 @@ class Call:
         if self.program is None:
             return self
         cost = loop_work(self.program, self.kind == "loss", count)
-        return replace(self, work=cost.work, flops=cost.flops, moved=cost.moved, rows=cost.rows, launches=count)
+        call = replace(self, work=cost.work, flops=cost.flops, moved=cost.moved, fresh=cost.fresh)
+        return replace(call, rows=cost.rows, launches=count)
 
 
 @dataclass

@@ -26,7 +26,8 @@ LAUNCH_S = 8e-6
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes, FLOPs per second by dtype (2 per multiply-add), bytes per second of memory and of the link to the host.
+    """Bytes, FLOPs per second by dtype (2 per multiply-add), bytes per second of memory and of the link to the host
+    (of a CPU: to pages that are new).
 
     context: bytes that the driver takes; reached: share of ``flops`` that large products reach; half_rows: rows at
     which a product reaches half of that; launch: seconds per kernel; attention: share reached by attention.
@@ -56,12 +57,24 @@ class Device:
         return self.name != "cpu"
 
     def seconds(
-        self, flops: float, moved: float, rows: float, launches: float, dtype: str, mixer: bool = False
+        self,
+        flops: float,
+        moved: float,
+        rows: float,
+        launches: float,
+        dtype: str,
+        mixer: bool = False,
+        fresh: float = 0.0,
     ) -> float:
-        """The larger of compute and memory time, plus overhead: a roofline with efficiency by size."""
+        """The larger of compute and memory time, plus overhead: a roofline with efficiency by size.
+
+        fresh: bytes that are asked of the system; a GPU's allocator hands out again what it has, but a CPU's pages are
+        faulted in and cleared one by one, at the pace of ``link``.
+        """
         share = self.attention if mixer else self.reached * (rows / (rows + self.half_rows) if rows else 1.0)
         peak = self.flops.get(dtype, self.flops["float32"])
-        return max(flops / (peak * share), moved / (self.bandwidth * self.copies)) + launches * self.launch
+        paged = fresh / self.link if self.name == "cpu" else 0.0
+        return max(flops / (peak * share), moved / (self.bandwidth * self.copies)) + launches * self.launch + paged
 
 
 def names() -> tuple[str, ...]:

@@ -16,12 +16,14 @@ from mstc.ops.program import Program
 
 @dataclass(frozen=True)
 class LoopCost:
-    """Forward and backward: temporaries at the peak, FLOPs, bytes moved; rows of one chunk's products."""
+    """Forward and backward: temporaries at the peak, FLOPs, bytes moved, bytes asked of the system; rows of one chunk's
+    products."""
 
     work: tuple[int, int]
     flops: tuple[float, float]
     moved: tuple[float, float]
     rows: float
+    fresh: tuple[float, float]
 
 
 def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
@@ -41,11 +43,15 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
         backward = live[1] + pieces + incoming + kept + _wider(p)
     flops = p.flops()
     moved = _moved(p, count)
+    made = sum(v.nbytes for v in p.outputs)
     if loss and p.backward is not None:
         # Forward and gradients in one; the backward scales them.
         moved = (moved[0] + moved[1], 2.0 * _gradients(p))
-        return LoopCost((backward, _largest_gradient(p)), (flops[1], 0.0), moved, length * _rows(p))
-    return LoopCost((forward, backward), flops, moved, length * _rows(p))
+        work, fresh = (backward, _largest_gradient(p)), (float(backward + made + _gradients(p)), 0.0)
+        return LoopCost(work, (flops[1], 0.0), moved, length * _rows(p), fresh)
+    # A chunk's temporaries lie where those of the chunk before lay.
+    fresh = (float(forward + made), float(backward + _gradients(p)))
+    return LoopCost((forward, backward), flops, moved, length * _rows(p), fresh)
 
 
 def _wider(p: Program) -> int:

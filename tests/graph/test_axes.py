@@ -71,7 +71,8 @@ def test_rows_of_a_transposed_batch() -> None:
         (lambda x: x.sum(1), "sums", True),
         (lambda x: x.sum(), "sums", True),
         (lambda x: x @ x.transpose(1, 2), "pairs|needs all|mixes", False),
-        (lambda x: torch.roll(x, 1, 1), "has no axis rule", False),
+        (lambda x: torch.roll(x, 1, 1), "mixes", False),
+        (lambda x: torch.renorm(x, 2, 1, 1.0), "has no axis rule", False),
     ],
 )
 def test_what_ties_tokens_together_is_refused(fn: Callable[..., Any], reason: str, sums: bool) -> None:

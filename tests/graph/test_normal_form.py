@@ -52,6 +52,23 @@ def x_of(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
+def test_ops_made_of_others_are_written_out_where_no_rule_knows_them() -> None:
+    form = captured(lambda x, y: F.cosine_similarity(x, y, dim=-1).sum(), x_of(3, 4), x_of(3, 4))
+    found = targets(form)
+    assert aten.cosine_similarity.default not in found
+    assert aten.linalg_vector_norm.default in found, found
+
+
+def test_a_recurrence_is_not_written_out_token_by_token() -> None:
+    cell = nn.GRU(4, 4, batch_first=True).double()
+    weights = list(cell.parameters())
+
+    def fn(x: Tensor) -> Tensor:
+        return torch.gru(x, x.new_zeros(1, 2, 4), weights, True, 1, 0.0, False, False, True)[0]
+
+    assert aten.gru.input in targets(captured(fn, x_of(2, 9, 4)))
+
+
 def test_large_ops_stay_whole() -> None:
     weight, labels = x_of(7, 4), torch.randint(0, 7, (6,))
 

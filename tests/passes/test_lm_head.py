@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import mstc
 from mstc.cli.heads.programs import LEAVES, PROGRAMS, Inputs, make_inputs, scalar_of
@@ -216,3 +217,46 @@ def test_many_texts(name: str) -> None:
     case = Case(name, batch=12)
     case.check()
     assert "lm_head" in {e.pass_name for e in mstc.reports()[-1].edits}
+
+
+def _targets(i: Inputs) -> Tensor:
+    return F.one_hot(i.labels.clamp(min=0), i.bias.shape[0]).to(i.hidden.dtype)
+
+
+def _logits(i: Inputs) -> Tensor:
+    return F.linear(i.hidden, i.weight)
+
+
+# Losses that PyTorch writes with other ops, or that few people use after a head.
+OTHER_LOSSES: dict[str, Callable[[Inputs], Tensor]] = {
+    "binary cross-entropy": lambda i: F.binary_cross_entropy(_logits(i).sigmoid(), _targets(i)),
+    "soft margin": lambda i: F.soft_margin_loss(_logits(i), 2 * _targets(i) - 1),
+    "multi margin": lambda i: F.multi_margin_loss(_logits(i).flatten(0, 1), i.labels.clamp(min=0).flatten()),
+    "multi margin, sum": lambda i: F.multi_margin_loss(
+        _logits(i).flatten(0, 1), i.labels.clamp(min=0).flatten(), p=2, weight=i.classes, reduction="sum"
+    ),
+    "multilabel soft margin": lambda i: F.multilabel_soft_margin_loss(
+        _logits(i).flatten(0, 1), _targets(i).flatten(0, 1)
+    ),
+    "Poisson": lambda i: F.poisson_nll_loss(_logits(i), _targets(i)),
+    "hinge": lambda i: F.hinge_embedding_loss(_logits(i), 2 * _targets(i) - 1),
+    "ranking": lambda i: F.margin_ranking_loss(_logits(i), F.linear(i.hidden, i.second), 2 * _targets(i) - 1),
+    "cosine": lambda i: 1 - F.cosine_similarity(_logits(i), F.linear(i.teacher, i.teacher_weight), dim=-1).mean(),
+    "cosine embedding": lambda i: F.cosine_embedding_loss(
+        _logits(i).flatten(0, 1), F.linear(i.teacher, i.teacher_weight).flatten(0, 1), i.old.flatten().sign()
+    ),
+    "triplet": lambda i: F.triplet_margin_loss(
+        _logits(i), F.linear(i.teacher, i.teacher_weight), F.linear(i.hidden, i.second)
+    ),
+    "distance": lambda i: F.pairwise_distance(_logits(i), F.linear(i.teacher, i.teacher_weight)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_other_losses(name: str) -> None:
+    case = Case("mean", trunk=False)
+    case.program = OTHER_LOSSES[name]
+    with lowered_graphs() as graphs:
+        case.check()
+    assert any("loss_loop" in str(loop.target) for gm in graphs for loop in loops_of(gm)), mstc.reports()[-1].refusals
+    assert not products_outside(graphs[0])

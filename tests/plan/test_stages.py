@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,17 +14,17 @@ from mstc.cli.plan.draft import capture
 from mstc.passes.memory_budget import Draft, chosen_step, resident_of
 from mstc.plan.devices import local
 from mstc.plan.memory import simulate
-from mstc.plan.solve import frontier
+from mstc.plan.solve import frontier, solve
 from mstc.plan.stages import Levers, stages_of
 from testkit.hf_models import config_of
 
 _SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 224,
+    "hidden_size": 512,
+    "intermediate_size": 1792,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 128,
     "vocab_size": 512,
     "max_position_embeddings": 8192,
     "use_cache": False,
@@ -74,3 +75,16 @@ def test_memory_to_spare_is_spent_on_what_would_be_computed_again() -> None:
     assert spare.seconds < without[0].seconds and spare.peak > without[0].peak
     assert all(not any(o.choice.saves) for o in without[0].options)
     assert [o.choice.saves[-1] > 0 for o in spare.options if len(o.choice.saves) == 2] == [True] * 3
+
+
+def test_where_fresh_pages_are_slow_a_large_budget_still_means_several_chunks() -> None:
+    draft = _draft("llama")
+
+    def chunks(link: float) -> list[int]:
+        device = replace(draft.device, link=link)
+        plan = solve(stages_of(draft.step, device, draft.dtype), resident_of(draft.step))
+        assert plan is not None
+        return [max(o.choice.counts) for o in plan.options if o.choice.counts]
+
+    assert set(chunks(1e15)) == {1}
+    assert min(chunks(1e8)) > 1

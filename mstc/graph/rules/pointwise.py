@@ -33,6 +33,8 @@ POINTWISE_RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
             aten.masked_fill.Tensor,  # its value has no dimension
+            aten.fill.Scalar,
+            aten.fill.Tensor,
             aten.__and__.Tensor,
             aten.__and__.Scalar,
             aten.__or__.Tensor,

@@ -117,6 +117,21 @@ def repeat_interleave(call: Call) -> Flow | None:
     return one_dim_mixed(call)
 
 
+def repeat(call: Call) -> Flow | None:
+    """Dimensions that are repeated change; new ones stand in front."""
+    new = len(call.result) - len(call.shape())
+    times = list(call.arg("repeats"))[new:]
+    once = [isinstance(n, int) and n == 1 for n in times]
+    return call.flow(tuple(d + new if kept else MIXED for d, kept in enumerate(once)))
+
+
+def roll(call: Call) -> Flow | None:
+    """Dimensions that are rolled change; without any given, the flattened whole is rolled."""
+    rank = len(call.shape())
+    touched = {int(d) % rank for d in call.arg("dims")} or set(range(rank))
+    return call.flow(tuple(MIXED if d in touched else d for d in range(rank)))
+
+
 def made_like(call: Call) -> Flow | None:
     """A new tensor of a given shape: nothing of the operand but its dtype and device is read."""
     return call.flow(tuple(MIXED for _ in call.shape()), repeats=True)
@@ -144,6 +159,8 @@ SHAPE_RULES: dict[object, Rule] = {
     aten.pad.default: pad,
     aten.constant_pad_nd.default: pad,
     aten.flip.default: flip,
+    aten.repeat.default: repeat,
+    aten.roll.default: roll,
     **dict.fromkeys((aten.tril.default, aten.triu.default), tri),
     **dict.fromkeys(
         (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.narrow.default), one_dim_mixed

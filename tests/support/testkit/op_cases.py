@@ -142,6 +142,17 @@ def _pad(p: Pick) -> Args:
     return p.tensor(shape), [p.int(0, 2) for _ in range(2 * p.int(1, len(shape)))]
 
 
+def _repeat(p: Pick) -> Args:
+    shape = p.shape()
+    return p.tensor(shape), [p.int(1, 2) for _ in range(len(shape) + p.int(0, 1))]
+
+
+def _roll(p: Pick) -> Args:
+    shape = p.shape()
+    dims = [d for d in range(len(shape)) if p.flag()]
+    return p.tensor(shape), [p.int(-3, 3) for _ in dims] or [p.int(-3, 3)], dims
+
+
 def _flip(p: Pick) -> Args:
     shape = p.shape()
     return p.tensor(shape), p.dims(shape)
@@ -276,9 +287,20 @@ def _nll(p: Pick) -> Args:
     return p.tensor([rows, classes]), p.indices([rows], classes), weight, NONE, p.one(-100, 1)
 
 
+def _multi_margin(p: Pick) -> Args:
+    scores, labels, weight, *_ = _nll(p)
+    return scores, labels, p.one(1, 2), 0.5, weight, NONE
+
+
 def _pair(p: Pick) -> Args:
     shape = p.shape()
     return p.tensor(shape), p.tensor(shape), NONE
+
+
+def _bce_of_shares(p: Pick) -> Args:
+    shape = p.shape()
+    weight = p.one(None, p.tensor(p.smaller(shape)).abs())
+    return p.tensor(shape).sigmoid(), p.tensor(shape).sigmoid(), weight, NONE
 
 
 def _bce(p: Pick) -> Args:
@@ -387,6 +409,8 @@ CASES: dict[Any, Case] = {
     aten.stack.default: _stack,
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     aten.flip.default: _flip,
+    aten.repeat.default: _repeat,
+    aten.roll.default: _roll,
     **dict.fromkeys((aten.tril.default, aten.triu.default), lambda p: (p.tensor(p.shape(2)), p.int(-1, 1))),
     aten.split.Tensor: lambda p: (p.tensor(s := p.shape()), p.int(1, 4), p.dim(s)),
     aten.split_with_sizes.default: _split_sizes,
@@ -396,6 +420,8 @@ CASES: dict[Any, Case] = {
     **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default), _new()),
     aten.new_full.default: _new(2.5),
     **dict.fromkeys((aten.zeros.default, aten.ones.default), lambda p: ((p.shape(),), {"dtype": torch.float64})),
+    aten.fill.Scalar: _one(2.5),
+    aten.fill.Tensor: lambda p: (p.tensor(p.shape()), p.tensor([])),
     aten.full.default: lambda p: ((p.shape(), 2.5), {"dtype": torch.float64}),
     aten.linear.default: _linear,
     aten.addmm.default: _addmm,
@@ -415,7 +441,10 @@ CASES: dict[Any, Case] = {
         ),
         _dims_keep(),
     ),
-    **dict.fromkeys((aten.var.correction, aten.std.correction), _dims_keep({"correction": 0})),
+    **dict.fromkeys(
+        (aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction),
+        _dims_keep({"correction": 0}),
+    ),
     aten.linalg_vector_norm.default: _vector_norm,
     aten.norm.ScalarOpt_dim: _norm_dims,
     **dict.fromkeys((aten.max.dim, aten.min.dim, aten.prod.dim_int), _dim_keep()),
@@ -436,13 +465,15 @@ CASES: dict[Any, Case] = {
     aten.group_norm.default: _group_norm,
     aten.cross_entropy_loss.default: _cross_entropy,
     **dict.fromkeys((aten.nll_loss.default, aten.nll_loss_nd.default), _nll),
+    aten.multi_margin_loss.default: _multi_margin,
     **dict.fromkeys(
         (
             aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
-            aten.kl_div.default,
+            aten.kl_div.default, aten.soft_margin_loss.default,
         ),
         _pair,
     ),
+    aten.binary_cross_entropy.default: _bce_of_shares,
     aten.binary_cross_entropy_with_logits.default: _bce,
     aten.embedding.default: _embedding,
     aten.gather.default: _gather,

@@ -23,6 +23,7 @@ from mstc import compat
 from mstc.graph import functions
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.numbers import numbers_as_tensors
+from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
 from mstc.graph.provenance import source_of
 from mstc.graph.rules import rule_of
 
@@ -63,7 +64,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     placeholders = folded.graph.find_nodes(op="placeholder")
     fakes = compat.fake_inputs(placeholders, inputs, mode)
     grad_mode = torch.is_grad_enabled()
-    traced = compat.trace_functional(folded, fakes, mode, functions.call, _has_rule)
+    traced = compat.trace_functional(folded, fakes, mode, functions.call, _is_read_whole)
     if traced.retyped:
         name = placeholders[traced.retyped[0]].name
         raise NotNormalError(f"input {name} has its shape or strides changed in place", name)
@@ -81,8 +82,9 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     return NormalForm(traced.gm, any(n.meta.get("needs_grad") for n in graph.nodes))
 
 
-def _has_rule(target: object) -> bool:
-    return rule_of(target) is not None
+def _is_read_whole(target: Any) -> bool:
+    """Whether axis rules know the op, or readers of masks."""
+    return rule_of(target) is not None or target.overloadpacket in READ_IN_MASKS
 
 
 def _refuse_unknown(gm: fx.GraphModule) -> None:

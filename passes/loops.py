@@ -23,7 +23,7 @@ from mstc.passes.base import Context
 from mstc.passes.seeds import find_seeds, write_seeds
 from mstc.plan.calls import Saving
 from mstc.plan.chunks import Chunks, choose, drafted
-from mstc.plan.saves import levels_of, saving
+from mstc.plan.saves import Levels, levels_of, saving
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,19 @@ def recipe_of(site: LoopSite, ctx: Context) -> Recipe:
     )
 
 
-def savings_of(site: LoopSite, ctx: Context) -> list[Saving]:
-    """What the site's loop may save inside it, from little to much; nothing where it runs again as a whole."""
+def savings_of(site: LoopSite, ctx: Context, known: dict[str, Levels]) -> list[Saving]:
+    """What the site's loop may save inside it, from little to much; nothing where it runs again as a whole.
+
+    known: what was found for other sites, by the keys of their programs: identical regions save alike.
+    """
     if site.loss or site.recompute or not ctx.training or dynamic_lengths(site.region):
         return []
     recipe = recipe_of(site, ctx)
+    key = build(site.region, recipe, ctx.compile_body).key
+    if key not in known:
+        known[key] = levels_of(site.region, recipe)
     found = []
-    for level in levels_of(site.region, recipe):
+    for level in known[key]:
         values = [site.region.nodes[i] for i in level]
         program = build(*saving(site.region, recipe, values), ctx.compile_body)
         found.append(Saving(tuple(v.name for v in values), program))

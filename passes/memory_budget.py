@@ -27,6 +27,7 @@ from mstc.passes.recompute import RECOMPUTE
 from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
 from mstc.plan.devices import Device, local
 from mstc.plan.memory import simulate
+from mstc.plan.saves import Levels
 from mstc.plan.solve import Solution, least_peak, solve
 from mstc.plan.stages import Levers, Stage, apply_choice, can_run_again, stages_of
 from mstc.report import Fidelity, Refusal
@@ -86,9 +87,10 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
     editor = Editor(copied)
     savings: dict[str, list[Saving]] = {}
+    levels: dict[str, Levels] = {}
     for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE):
         sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if one.runs(ctx.options) else []
-        savings |= {loop_key(s.region): savings_of(s, trial) for s in sites if one is MINI_SEQUENCE}
+        savings |= {loop_key(s.region): savings_of(s, trial, levels) for s in sites if one is MINI_SEQUENCE}
         for site in sites:
             one.apply(editor, site, trial)
         if sites:

@@ -162,6 +162,9 @@ def in_words(stages: list[Stage], solution: Solution) -> list[str]:
         ]
         words = f"chunks {'/'.join(map(str, option.choice.counts))}"
         words += f", again: {' + '.join(dict.fromkeys(repeated))}" if repeated else ""
+        loops = [c for c in stage.calls if c.program is not None]
+        inside = dict.fromkeys(c.label for c, level in zip(loops, option.choice.saves, strict=True) if level)
+        words += f", values saved inside: {' + '.join(inside)}" if inside else ""
         away = dict.fromkeys(stage.calls[i].label for i, _ in option.choice.offload)
         words += f", offloaded: {' + '.join(away)}" if away else ""
         counted[words] = counted.get(words, 0) + 1

@@ -22,11 +22,11 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.costs import is_heavy
+from mstc.graph.reach import ancestors
 from mstc.ops.table import use_table_gradient
 
 aten = torch.ops.aten
-
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
 @dataclass(frozen=True)
@@ -268,22 +268,6 @@ def _read_kept(
 
 def _saves_product(node: fx.Node, out: Sequence[fx.Node]) -> bool:
     """Whether a matrix product is needed for nothing but ``node`` in the backward."""
-    needed: set[fx.Node] = set()
-    stack = [n for n in out if n is not node]
-    while stack:
-        current = stack.pop()
-        if current in needed or current is node:
-            continue
-        needed.add(current)
-        stack.extend(current.all_input_nodes)
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen or current in needed:
-            continue
-        seen.add(current)
-        if current.target in _PRODUCTS:
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
+    everything = set(node.graph.nodes)
+    needed = ancestors([n for n in out if n is not node], everything - {node})
+    return any(is_heavy(n) for n in ancestors([node], everything - needed))

@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.costs import matmul_flops, nbytes
+from mstc.graph.reach import descendants
 from mstc.graph.regions import Region
 from mstc.ops.build import Recipe, joint_of
 from mstc.ops.joint import Joint
@@ -90,11 +91,8 @@ def _cut(joint: Joint, savable: set[fx.Node], free: set[fx.Node], price: float) 
 
 def _after(joint: Joint) -> set[fx.Node]:
     """What depends on a gradient of the results: it can run in the backward only."""
-    found = set(joint.cotangents.values())
-    for node in joint.gm.graph.nodes:
-        if node.op == "call_function" and any(i in found for i in node.all_input_nodes):
-            found.add(node)
-    return found
+    gradients = joint.cotangents.values()
+    return descendants(gradients, {*gradients, *(n for n in joint.gm.graph.nodes if n.op == "call_function")})
 
 
 def _is_factor(node: fx.Node, joint: Joint) -> bool:

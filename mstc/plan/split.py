@@ -12,7 +12,7 @@ cut off by a minimum cut as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -21,6 +21,7 @@ import torch.fx as fx
 
 from mstc.graph.axes import Axes
 from mstc.graph.costs import is_heavy, nbytes
+from mstc.graph.reach import ancestors, descendants
 from mstc.graph.regions import Region, make_region
 
 
@@ -31,32 +32,6 @@ class Part:
     region: Region
     recompute: bool = False
     loss: bool = False
-
-
-def ancestors(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and everything in ``within`` that they depend on."""
-    found: set[fx.Node] = set()
-    stack = [n for n in nodes if n in within]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        stack.extend(i for i in node.all_input_nodes if i in within)
-    return found
-
-
-def descendants(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and everything in ``within`` that depends on them."""
-    found: set[fx.Node] = set()
-    stack = [n for n in nodes if n in within]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        stack.extend(u for u in node.users if u in within)
-    return found
 
 
 def narrowest(

@@ -14,7 +14,7 @@ from mstc.cli.plan.peers import SYSTEMS, Peer
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
 from mstc.plan.solve import Solution
-from mstc.plan.stages import Levers, Stage
+from mstc.plan.stages import Levers, Stage, can_run_again
 
 AWAY = "mstc, offloading"
 OFFLOADING = Levers(offload=True)
@@ -157,9 +157,7 @@ def in_words(stages: list[Stage], solution: Solution) -> list[str]:
     counted: dict[str, int] = {}
     for stage, option in zip(stages, solution.options, strict=True):
         again = iter(option.choice.again)
-        repeated = [
-            c.label for c in stage.calls if (c.kind == "mixer" or (c.kind == "loop" and c.again)) and next(again)
-        ]
+        repeated = [c.label for c in stage.calls if can_run_again(c) and next(again)]
         words = f"chunks {'/'.join(map(str, option.choice.counts))}"
         words += f", again: {' + '.join(dict.fromkeys(repeated))}" if repeated else ""
         loops = [c for c in stage.calls if c.program is not None]

@@ -18,23 +18,16 @@ from torch._dynamo.exc import BackendCompilerFailed
 import mstc
 from mstc.errors import PlanError
 from testkit.allocator import measured_peak
-from testkit.hf_models import config_of
+from testkit.hf_models import in_training
 
 MIB = 2**20
 TOKENS = 4096
 _SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 896,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 64,
     "vocab_size": 8192,
     "max_position_embeddings": 8192,
-    "use_cache": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 CASES = (("llama", "150MiB"), ("qwen2", "250MiB"), ("olmo2", "400MiB"))
 CHUNKS = (128, 256, 512, 1024, 2048, 4096)
@@ -49,15 +42,8 @@ def _fresh() -> Iterator[None]:
 
 
 def _case(kind: str, tokens: int = TOKENS) -> tuple[Any, Callable[[Tensor], Tensor], Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config_of(kind, **_SIZES)).train()
+    model, loss_fn = in_training(kind, **_SIZES)
     ids = torch.randint(0, 8192, (1, tokens), generator=torch.Generator().manual_seed(0))
-
-    def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
     return model, loss_fn, ids
 
 

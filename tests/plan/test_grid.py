@@ -19,22 +19,15 @@ from mstc.plan.devices import local
 from mstc.plan.solve import least_peak, solve
 from mstc.plan.stages import stages_of
 from testkit.allocator import measured_peak
-from testkit.hf_models import config_of
+from testkit.hf_models import in_training
 
 MIB = 2**20
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 224,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": 512,
     "max_position_embeddings": 8192,
-    "use_cache": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 MODELS = ("llama", "qwen2", "phi3", "olmo2")
 LENGTHS = (1024, 2048, 4096)
@@ -57,15 +50,8 @@ def _fresh() -> Iterator[None]:
 
 @pytest.mark.parametrize(("kind", "length", "share"), POINTS)
 def test_the_predicted_peak_is_measured(kind: str, length: int, share: float) -> None:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config_of(kind, **_SIZES)).train()
+    model, loss_fn = in_training(kind, **_SIZES)
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
-
-    def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
     budget, predicted = _budget(loss_fn, ids, share)
     torch._dynamo.reset()
     options: dict[str, Any] = {"lower": "aot_eager", "memory_budget": budget}

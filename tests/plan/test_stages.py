@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mstc.cli.plan.draft import capture
 from mstc.passes.memory_budget import Draft, chosen_step, resident_of
@@ -16,21 +15,15 @@ from mstc.plan.devices import local
 from mstc.plan.memory import simulate
 from mstc.plan.solve import frontier, solve
 from mstc.plan.stages import Levers, stages_of
-from testkit.hf_models import config_of
+from testkit.hf_models import in_training
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1792,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 128,
     "vocab_size": 512,
     "max_position_embeddings": 8192,
-    "use_cache": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 
@@ -42,14 +35,7 @@ def _fresh() -> Iterator[None]:
 
 
 def _draft(kind: str) -> Draft:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config_of(kind, **_SIZES)).train()
-
-    def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
+    _, loss_fn = in_training(kind, **_SIZES)
     return capture(loss_fn, [torch.zeros(1, 1024, dtype=torch.long)], local("cpu"), "aot_eager")
 
 

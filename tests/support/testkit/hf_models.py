@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,6 +111,19 @@ def causal(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> nn
     model: nn.Module = AutoModelForCausalLM.from_config(config_of(kind, **known))
     model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # without it GPT-2 warns, which breaks the graph
     return model.to(dtype).train()
+
+
+def in_training(kind: str, **settings: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
+    """A causal language model in float32 as transformers initializes it, and its loss as a function of the tokens."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config_of(kind, **{**_BASE, **settings})).train()
+
+    def loss_fn(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+    return model, loss_fn
 
 
 def from_auto(auto: str, kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:

@@ -174,7 +174,7 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
     step = chosen_step(draft, stages, solution)
     chosen = {
         draft.keys.get(before.name, before.name): Chosen(
-            after.launches,
+            after.chunks,
             after.again and can_run_again(before),
             tuple(after.makes.index(m) for m in after.offloads),
             after.saved,
@@ -199,7 +199,7 @@ def _choices_in_words(step: Step) -> list[str]:
     counted: dict[str, int] = {}
     for c in step.calls:
         if c.kind != "op":
-            words = f"{c.label}: {c.launches} chunks" if c.program is not None else c.label
+            words = f"{c.label}: {c.chunks} chunks" if c.program is not None else c.label
             words += ", runs again in the backward" if c.again else ""
             words += f", saves {len(c.saved)} value{'s' * (len(c.saved) > 1)} inside" if c.saved else ""
             words += ", offloaded" if c.offloads else ""

@@ -11,17 +11,21 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from mstc.cli.arguments import device as device_argument
 from mstc.cli.console import make_console, make_progress, make_table
-from mstc.plan.devices import Device, store, stored
+from mstc.cli.plan.draft import capture
+from mstc.plan.devices import Device, local, store, stored
 
 __all__ = ["calibrate"]
 
 MIB = 2**20
 ROWS = (32, 128, 512, 2048)
 WIDTH = 1024
+LOOP_TOKENS = 8192
+LOOP_CHUNKS = (8, 64)
 
 
 @dataclass
@@ -67,13 +71,8 @@ def calibrate(kind: str, seconds: float) -> None:
 def fitted(m: Measured) -> Device:
     """The device that the cost model reads: the most FLOPs reached by dtype, and the rows at half of that."""
     best = {dtype: max(by_rows.values()) for dtype, by_rows in m.flops.items()}
-    halves = [
-        rows * (best[dtype] / rate - 1)
-        for dtype, by_rows in m.flops.items()
-        for rows, rate in by_rows.items()
-        if rows < ROWS[-1]
-    ]
     main = "bfloat16" if m.kind == "cuda" else "float32"
+    halves = [rows * (best[main] / rate - 1) for rows, rate in m.flops[main].items() if rows < ROWS[-1]]
     memory = (
         torch.cuda.get_device_properties(0).total_memory
         if m.kind == "cuda"
@@ -132,8 +131,24 @@ def _copy(m: Measured) -> None:
 
 
 def _launch(m: Measured) -> None:
-    x = torch.zeros(1, device=m.kind)
-    m.launch = _timed(m, lambda: x.add_(1))
+    """Seconds per kernel of a loop: what many chunks take beyond few, by the kernels that they launch beyond them.
+
+    What a chunk costs besides its work is not a kernel's launch alone, but reading, writing and adding its pieces.
+    """
+    (few, few_kernels), (many, many_kernels) = (_loop(m, LOOP_TOKENS // chunks) for chunks in LOOP_CHUNKS)
+    m.launch = max(many - few, 0.0) / (many_kernels - few_kernels)
+
+
+def _loop(m: Measured, chunk_tokens: int) -> tuple[float, int]:
+    """Seconds and kernels of a small MLP in chunks, forward and backward."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)).to(m.kind)
+    x = torch.randn(1, LOOP_TOKENS, 64, device=m.kind, requires_grad=True)
+    options: dict[str, Any] = {"mini_sequence": {"chunk_tokens": chunk_tokens}}
+    loop = torch.compile(mlp, backend="mstc", options=options, dynamic=False)
+    seconds = _timed(m, lambda: loop(x).sum().backward())
+    call = next(c for c in capture(mlp, [x], local(m.kind)).step.calls if c.program is not None)
+    return seconds, sum(call.in_chunks(LOOP_TOKENS // chunk_tokens).kernels)
 
 
 def _transfer(m: Measured) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.graph.costs import UNKNOWN_LENGTH, matmul_flops
-from mstc.graph.live import peak_bytes
+from mstc.graph.costs import UNKNOWN_LENGTH, is_heavy, matmul_flops, nbytes
+from mstc.graph.live import is_view, peak_bytes
 from mstc.graph.regions import Region
 from mstc.graph.sizes import size, symbols_of
 from mstc.graph.text import canonical_text, digest
@@ -80,6 +80,17 @@ def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Call:
     raise AssertionError("this body is not to be compiled")
 
 
+def _kernels(gm: fx.GraphModule | None) -> int:
+    """Kernels of a compiled body: its products, and between two of them about one that all the rest is fused into."""
+    return 2 * sum(map(is_heavy, gm.graph.nodes)) + 1 if gm is not None else 0
+
+
+def _largest(gm: fx.GraphModule | None) -> int:
+    """Bytes of the largest value that is made."""
+    made = [n for n in gm.graph.nodes if n.op == "call_function" and not is_view(n)] if gm is not None else []
+    return max(map(nbytes, made), default=0)
+
+
 @dataclass(frozen=True)
 class _Traced:
     """A forward body, its joint graph with the backward (where there is one), and the fakes of inputs and results."""
@@ -104,7 +115,14 @@ class _Traced:
 
         joint = self.joint.gm if self.joint is not None else None
         products = self._product_flops(self.joint) if self.joint is not None else 0.0
-        return BodyCosts(length, (flops(forward), flops(joint) + products), (live(forward), live(joint)))
+        factors = len(self.joint.factors) if self.joint is not None else 0
+        return BodyCosts(
+            length,
+            (flops(forward), flops(joint) + products),
+            (live(forward), live(joint)),
+            (_kernels(forward), _kernels(joint) + factors),
+            (_largest(forward), _largest(joint)),
+        )
 
     @staticmethod
     def _product_flops(joint: BackwardBody) -> float:

@@ -38,11 +38,14 @@ class Backward:
 
 @dataclass(frozen=True)
 class BodyCosts:
-    """Of a chunk of ``length`` indices: FLOPs, and most bytes at once (inputs left out), forward and backward."""
+    """Of a chunk of ``length`` indices, forward and backward: FLOPs, most bytes at once (inputs left out), kernels,
+    bytes of the largest value."""
 
     length: int = 1
     flops: tuple[float, float] = (0.0, 0.0)
     live: tuple[int, int] = (0, 0)
+    kernels: tuple[int, int] = (1, 1)
+    largest: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Call:
     kind: "loop", "loss", "mixer" or "op"; reads, makes: memories; keeps: memories that its backward reads,
     its own results among them; grads: memories of inputs that get a gradient, needs: results that bring one;
     work: temporaries of forward and backward; flops, moved (bytes): of both; again: it runs again in the backward;
-    cheap: neither a product nor a mixer; program: of a loop; rows: of its products; launches: chunks;
+    cheap: neither a product nor a mixer; program: of a loop; rows: of its products; chunks: how many it runs in;
+    kernels: launched in its forward and backward;
     offloads: those of its results that wait for the backward elsewhere;
     savings: what its loop may save inside it; saved: what it does save (names of nodes);
     fresh: bytes that a loop asks of the system, forward and backward.
@@ -63,7 +64,8 @@ class Call:
     cheap: bool = False
     program: Program | None = None
     rows: float = 0.0
-    launches: int = 1
+    chunks: int = 1
+    kernels: tuple[int, int] = (1, 1)
     offloads: tuple[str, ...] = ()
     savings: tuple[Saving, ...] = ()
     saved: tuple[str, ...] = ()
@@ -77,7 +79,7 @@ class Call:
         names = tuple(saved_name(self.name, value) for value in chosen.values)
         makes, keeps = (*self.makes, *names), (*self.keeps, *names)
         call = replace(self, makes=makes, keeps=keeps, program=chosen.program, saved=chosen.values)
-        return call.in_chunks(self.launches)
+        return call.in_chunks(self.chunks)
 
     def in_chunks(self, count: int) -> Call:
         """The same loop in another number of chunks."""
@@ -85,7 +87,7 @@ class Call:
             return self
         cost = loop_work(self.program, self.kind == "loss", count)
         call = replace(self, work=cost.work, flops=cost.flops, moved=cost.moved, fresh=cost.fresh)
-        return replace(call, rows=cost.rows, launches=count)
+        return replace(call, rows=cost.rows, chunks=count, kernels=cost.kernels)
 
 
 @dataclass

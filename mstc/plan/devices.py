@@ -110,7 +110,7 @@ def _nominal() -> Device:
     cores = torch.get_num_threads()
     flops = {"float32": 96e9 * cores, "float64": 48e9 * cores, "bfloat16": 96e9 * cores}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 34
-    return Device("cpu", "this CPU (not calibrated)", memory, flops, 20e9, 2e9, half_rows=32.0, launch=2e-4)
+    return Device("cpu", "this CPU (not calibrated)", memory, flops, 20e9, 2e9, half_rows=32.0, launch=2e-5)
 
 
 def stored() -> Path:

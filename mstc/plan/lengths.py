@@ -68,8 +68,14 @@ def _program(p: Program, old: int, new: int) -> Program:
 def _scaled(p: Program, length: int) -> BodyCosts:
     """What a chunk of another length costs: FLOPs and bytes follow the tokens."""
     ratio = length / p.costs.length
-    (forward, backward), (a, b) = p.costs.flops, p.costs.live
-    return BodyCosts(length, (forward * ratio, backward * ratio), (int(a * ratio), int(b * ratio)))
+    (forward, backward), (a, b), (c, d) = p.costs.flops, p.costs.live, p.costs.largest
+    return BodyCosts(
+        length,
+        (forward * ratio, backward * ratio),
+        (int(a * ratio), int(b * ratio)),
+        p.costs.kernels,
+        (int(c * ratio), int(d * ratio)),
+    )
 
 
 def _value(v: Value, n: int) -> Value:

@@ -119,11 +119,11 @@ def seconds(calls: Sequence[Call], device: Device, dtype: str, training: bool, o
     forward = backward = 0.0
     for c in calls:
         mixer = c.kind == "mixer"
-        once = device.seconds(c.flops[0], c.moved[0], c.rows, c.launches, dtype, mixer, c.fresh[0])
+        once = device.seconds(c.flops[0], c.moved[0], c.rows, c.kernels[0], dtype, mixer, c.fresh[0])
         forward += once
         backward += once if c.again and training else 0.0
         if training and c.grads:
-            backward += device.seconds(c.flops[1], c.moved[1], c.rows, c.launches, dtype, mixer, c.fresh[1])
+            backward += device.seconds(c.flops[1], c.moved[1], c.rows, c.kernels[1], dtype, mixer, c.fresh[1])
     copies = offloaded / device.link
     if device.overlaps:
         return max(forward, copies) + max(backward, copies)

@@ -13,17 +13,22 @@ from dataclasses import dataclass
 from mstc.ops.body import Value
 from mstc.ops.program import Program
 
+# Blocks up to this come from the heap of the C library, which has their pages already (glibc raises its threshold for
+# asking the system up to here: DEFAULT_MMAP_THRESHOLD_MAX).
+HEAP = 32 * 2**20
+
 
 @dataclass(frozen=True)
 class LoopCost:
     """Forward and backward: temporaries at the peak, FLOPs, bytes moved, bytes asked of the system; rows of one chunk's
-    products."""
+    products; kernels of all chunks."""
 
     work: tuple[int, int]
     flops: tuple[float, float]
     moved: tuple[float, float]
     rows: float
     fresh: tuple[float, float]
+    kernels: tuple[int, int]
 
 
 def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
@@ -31,6 +36,8 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
     count = p.count if count is None else count
     length = -(-p.n // count)
     live = [x * length // p.costs.length for x in p.costs.live]
+    # A chunk's temporaries lie where those of the chunk before lay; small ones on the heap.
+    asked = [x if y * length // p.costs.length > HEAP else 0 for x, y in zip(live, p.costs.largest, strict=True)]
     pieces = sum(_copied(v, length) for v in p.tokens)
     results = sum(_chunk_bytes(v, length) for v in p.outputs) + sum(v.nbytes for v in p.sums)
     held = results if count > 1 else 0  # the chunk before is dropped after the next has run
@@ -43,15 +50,15 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
         backward = live[1] + pieces + incoming + kept + _wider(p)
     flops = p.flops()
     moved = _moved(p, count)
-    made = sum(v.nbytes for v in p.outputs)
+    kernels = (p.costs.kernels[0] * count, p.costs.kernels[1] * count)
+    made = [v.nbytes for v in p.outputs]
     if loss and p.backward is not None:
         # Forward and gradients in one; the backward scales them.
-        moved = (moved[0] + moved[1], 2.0 * _gradients(p))
-        work, fresh = (backward, _largest_gradient(p)), (float(backward + made + _gradients(p)), 0.0)
-        return LoopCost(work, (flops[1], 0.0), moved, length * _rows(p), fresh)
-    # A chunk's temporaries lie where those of the chunk before lay.
-    fresh = (float(forward + made), float(backward + _gradients(p)))
-    return LoopCost((forward, backward), flops, moved, length * _rows(p), fresh)
+        moved = (moved[0] + moved[1], 2.0 * sum(_gradients(p)))
+        work, fresh = (backward, max(_gradients(p), default=0)), (asked[1] + _new(*made, *_gradients(p)), 0.0)
+        return LoopCost(work, (flops[1], 0.0), moved, length * _rows(p), fresh, (kernels[1], 1))
+    fresh = (asked[0] + _new(*made), asked[1] + _new(*_gradients(p)))
+    return LoopCost((forward, backward), flops, moved, length * _rows(p), fresh, kernels)
 
 
 def _wider(p: Program) -> int:
@@ -71,14 +78,15 @@ def _moved(p: Program, count: int) -> tuple[float, float]:
     return weights + tokens + inside[0], 3 * weights + 2 * tokens + inside[1]
 
 
-def _gradients(p: Program) -> int:
-    values = [v for v, need in zip((*p.tokens, *p.shared), (*p.token_needs, *p.shared_needs), strict=True) if need]
-    return sum(v.nbytes for v in values)
+def _new(*blocks: int) -> float:
+    """Bytes of the blocks that are asked of the system."""
+    return float(sum(b for b in blocks if b > HEAP))
 
 
-def _largest_gradient(p: Program) -> int:
-    values = [v for v, need in zip((*p.tokens, *p.shared), (*p.token_needs, *p.shared_needs), strict=True) if need]
-    return max((v.nbytes for v in values), default=0)
+def _gradients(p: Program) -> list[int]:
+    """Bytes of each gradient."""
+    needs = zip((*p.tokens, *p.shared), (*p.token_needs, *p.shared_needs), strict=True)
+    return [v.nbytes for v, need in needs if need]
 
 
 def _rows(p: Program) -> int:

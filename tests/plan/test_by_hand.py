@@ -5,6 +5,7 @@ Slow, and it needs an idle machine: `pytest -s -m slow tests/plan/test_by_hand.p
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,13 +32,14 @@ _SIZES: dict[str, Any] = {
 }
 CASES = (("llama", "150MiB"), ("qwen2", "250MiB"), ("olmo2", "400MiB"))
 CHUNKS = (128, 256, 512, 1024, 2048, 4096)
-STEPS = 7
+STEPS = 11
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=64):  # every choice compiles the same function
+        yield
     torch._dynamo.reset()
 
 
@@ -48,7 +50,6 @@ def _case(kind: str, tokens: int = TOKENS) -> tuple[Any, Callable[[Tensor], Tens
 
 
 def _step(model: Any, loss_fn: Callable[[Tensor], Tensor], ids: Tensor, options: dict[str, Any]) -> Any:
-    torch._dynamo.reset()
     fn = torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
 
     def step() -> None:
@@ -60,12 +61,13 @@ def _step(model: Any, loss_fn: Callable[[Tensor], Tensor], ids: Tensor, options:
 
 
 def _seconds(steps: dict[Any, Callable[[], None]]) -> dict[Any, float]:
-    """Medians of runs that take turns."""
+    """Medians of runs that take turns, in another order each time: what ran before leaves the heap its way."""
     spent: dict[Any, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for _ in range(STEPS):
-        for name, step in steps.items():
+        for name in order.sample(sorted(steps, key=str), len(steps)):
             started = time.perf_counter()
-            step()
+            steps[name]()
             spent[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in spent.items()}
 
@@ -89,9 +91,13 @@ def test_the_plan_is_near_the_best_found_by_hand(kind: str, budget: str) -> None
                 steps[tokens, again] = step
     found = _seconds(steps)
     best = min((name for name in found if name != "plan"), key=lambda name: found[name])
-    print(f"\n{kind}, {budget}: plan {found['plan']:.3f} s, by hand {found[best]:.3f} s (chunks, q/k/v again: {best})")
+    print(f"\n{kind}, {budget}, seconds of a step by (tokens per chunk, q/k/v computed again):")
+    print(", ".join(f"{name}: {spent:.3f}" for name, spent in found.items()))
     assert len(found) > 1, "no choice by hand fits the budget"
-    assert found["plan"] <= 1.05 * found[best]
+    # The least of many noisy medians is too low: the two that matter run once more.
+    again = _seconds({name: steps[name] for name in ("plan", best)})
+    print(f"once more: plan {again['plan']:.3f}, best by hand {again[best]:.3f} with {best}")
+    assert again["plan"] <= 1.05 * again[best]
 
 
 @pytest.mark.slow
@@ -123,6 +129,7 @@ def _predicted_and_measured(kind: str, tokens: int) -> Iterator[tuple[float, flo
 
 
 def _rank_correlation(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Spearman's."""
-    both = torch.tensor([a, b]).argsort(-1).argsort(-1).double()
-    return float(torch.corrcoef(both)[0, 1])
+    """Spearman's; equal values share their mean rank."""
+    both = torch.tensor([a, b], dtype=torch.float64).unsqueeze(-1)
+    ranks = (both > both.mT).sum(-1) + ((both == both.mT).sum(-1) + 1) / 2
+    return float(torch.corrcoef(ranks)[0, 1])

@@ -18,6 +18,7 @@ import torch.fx as fx
 from mstc.graph.editor import Editor
 from mstc.graph.rules.call import Call
 from mstc.graph.sizes import product, quotient, shape_of
+from mstc.ops.pieces import order_of
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
 
@@ -107,9 +108,32 @@ def _loss_as_sum(editor: Editor, node: fx.Node) -> fx.Node:
 
 def _per_token(editor: Editor, call: Call) -> fx.Node:
     """The same loss with reduction "none"."""
-    given = [(a, 0 if a.name == "reduction" else call.arg(a.name)) for a in call.target._schema.arguments]
+    changed = {"reduction": 0} | _classes_last(editor, call)
+    given = [(a, changed.get(a.name, call.arg(a.name))) for a in call.target._schema.arguments]
     args = tuple(value for a, value in given if not a.kwarg_only)
     return editor.call(call.target, args, {a.name: value for a, value in given if a.kwarg_only}, like=call.node)
+
+
+def _classes_last(editor: Editor, call: Call) -> dict[str, fx.Node]:
+    """Of a loss with classes in dimension 1 the arguments as rows of classes, where they lie in memory so.
+
+    So they lie behind a head, and its gradient can be written over the logits only if the classes are last there too.
+    """
+    scores, target = call.operands[0], call.arg("target")
+    value = scores.meta["val"]
+    if call.target not in _CLASSIFYING or value.dim() < 3:
+        return {}
+    order = [0, *range(2, value.dim()), 1]
+    if order_of(value) != tuple(order):
+        return {}
+    by_class = not target.meta["val"].is_floating_point()
+
+    def rows(x: fx.Node) -> fx.Node:
+        moved = editor.call(aten.permute.default, (x, order), like=call.node)
+        return editor.call(aten.reshape.default, (moved, [-1, value.shape[1]]), like=call.node)
+
+    targets = editor.call(aten.reshape.default, (target, [-1]), like=call.node) if by_class else rows(target)
+    return {call.target._schema.arguments[0].name: rows(scores), "target": targets}
 
 
 def _divide(editor: Editor, call: Call, total: fx.Node, each: fx.Node) -> fx.Node:

@@ -11,13 +11,18 @@ the same for all classes (label smoothing) are added up as well.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-aten, prims = torch.ops.aten, torch.ops.prims
+from mstc.graph.costs import nbytes
+from mstc.graph.reach import descendants
+from mstc.ops.writer import Writer
+
+aten = torch.ops.aten
 _ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -30,15 +35,38 @@ def use_class_sums(graph: fx.Graph) -> None:
         value = node.meta["val"]
         if dim % max(value.dim(), 1) != value.dim() - 1:
             continue
-        write = _Writer(graph, node)
+        write = Writer(graph, node)
         total = _sum_over_classes(write, dy, picked)
         if total is None:
             continue
+        total = _after_results(write, total, node)
         wide = torch.float32 if value.dtype in _LOW else value.dtype
         part = write(aten.mul.Tensor, write(aten.exp.default, write.cast(y, wide)), write.cast(total, wide))
         new = write.cast(write(aten.sub.Tensor, write.cast(dy, wide), part), dtype)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _after_results(write: Writer, x: fx.Node, gradient: fx.Node) -> fx.Node:
+    """x, but computed after the small results of the body that do not need the gradient.
+
+    Losses read the scores too. Once they are done nothing does but the gradient, and a compiler can write it over
+    the scores; in another order it takes a buffer of all classes more (Inductor with label smoothing). No value
+    changes: both branches are x.
+    """
+    returned: Any = gradient.graph.output_node().args[0]
+    earlier = set(itertools.takewhile(lambda n: n is not gradient, gradient.graph.nodes))
+    source = gradient.args[1]
+    while isinstance(source, fx.Node) and source.target is aten.detach.default:
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or source.target is not aten._log_softmax.default:
+        return x
+    readers = descendants(source.all_input_nodes, earlier)
+    for result in dict.fromkeys(r for r in returned if r in readers):
+        if nbytes(result) < nbytes(gradient):
+            done = write(aten.isnan.default, write(aten.sum.default, result))
+            x = write(aten.where.self, done, x, x)
+    return x
 
 
 def _place_picked(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -54,7 +82,7 @@ def _place_picked(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         one = (*value.shape[:-1], 1) == tuple(indices.shape) == tuple(x.meta["val"].shape)
         if base.target not in _ZEROS or not (last and one):
             continue
-        write = _Writer(graph, node)
+        write = Writer(graph, node)
         classes = write(aten.arange.default, value.shape[-1], device=value.device)
         new = write(aten.where.ScalarOther, write(aten.eq.Tensor, classes, index), x, 0)
         picked[new] = x
@@ -63,24 +91,7 @@ def _place_picked(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return picked
 
 
-class _Writer:
-    """Adds calls before a node; each new node knows its value's shape."""
-
-    def __init__(self, graph: fx.Graph, before: fx.Node) -> None:
-        self._graph, self._before = graph, before
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self._graph.inserting_before(self._before):
-            node = self._graph.call_function(target, args, kwargs)
-        with self._before.meta["val"].fake_mode, torch.no_grad():
-            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-        return node
-
-    def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return x if x.meta["val"].dtype == dtype else self(prims.convert_element_type.default, x, dtype)
-
-
-def _sum_over_classes(write: _Writer, dy: Any, picked: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+def _sum_over_classes(write: Writer, dy: Any, picked: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
     """The sum of a gradient over its last dimension, that dimension kept with size 1; None where it is not known."""
     if not isinstance(dy, fx.Node):
         return None
@@ -103,7 +114,7 @@ def _same_shape(x: Any, like: fx.Node) -> bool:
     return isinstance(x, fx.Node) and x.meta["val"].shape == like.meta["val"].shape
 
 
-def _entry(write: _Writer, nll: fx.Node) -> fx.Node | None:
+def _entry(write: Writer, nll: fx.Node) -> fx.Node | None:
     """Of each row of a negative log-likelihood's gradient, the entry at the target: -weight[target] * gradient."""
     gradient, logp, target, weight, reduction, ignored, _ = nll.args
     if reduction != 0 or not isinstance(logp, fx.Node) or logp.meta["val"].dim() != 2:

@@ -68,14 +68,13 @@ def _program(p: Program, old: int, new: int) -> Program:
 def _scaled(p: Program, length: int) -> BodyCosts:
     """What a chunk of another length costs: FLOPs and bytes follow the tokens."""
     ratio = length / p.costs.length
-    (forward, backward), (a, b), (c, d) = p.costs.flops, p.costs.live, p.costs.largest
-    return BodyCosts(
-        length,
-        (forward * ratio, backward * ratio),
-        (int(a * ratio), int(b * ratio)),
-        p.costs.kernels,
-        (int(c * ratio), int(d * ratio)),
-    )
+
+    def bytes_of(values: tuple[int, int]) -> tuple[int, int]:
+        return int(values[0] * ratio), int(values[1] * ratio)
+
+    forward, backward = p.costs.flops
+    flops = (forward * ratio, backward * ratio)
+    return BodyCosts(length, flops, bytes_of(p.costs.live), p.costs.kernels, bytes_of(p.costs.largest))
 
 
 def _value(v: Value, n: int) -> Value:

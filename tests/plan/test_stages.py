@@ -63,7 +63,7 @@ def test_memory_to_spare_is_spent_on_what_would_be_computed_again() -> None:
     assert [o.choice.saves[-1] > 0 for o in spare.options if len(o.choice.saves) == 2] == [True] * 3
 
 
-def test_where_fresh_pages_are_slow_a_large_budget_still_means_several_chunks() -> None:
+def test_where_fresh_pages_are_slow_a_large_budget_still_means_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     draft = _draft("llama")
 
     def chunks(link: float) -> list[int]:
@@ -72,5 +72,7 @@ def test_where_fresh_pages_are_slow_a_large_budget_still_means_several_chunks() 
         assert plan is not None
         return [max(o.choice.counts) for o in plan.options if o.choice.counts]
 
+    assert set(chunks(1e8)) == {1}, "small blocks lie on the heap, whose pages are there"
+    monkeypatch.setattr("mstc.plan.work.HEAP", 0)
     assert set(chunks(1e15)) == {1}
     assert min(chunks(1e8)) > 1

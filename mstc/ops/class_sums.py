@@ -102,12 +102,31 @@ def _sum_over_classes(write: Writer, dy: Any, picked: Mapping[fx.Node, fx.Node])
     if dy.target is aten.add.Tensor and not dy.kwargs and all(_same_shape(a, dy) for a in dy.args):
         parts = [_sum_over_classes(write, a, picked) for a in dy.args]
         return None if None in parts else write(aten.add.Tensor, *parts)
-    if dy.target is aten.expand.default:
-        x: Any = dy.args[0]
-        classes, value = dy.meta["val"].shape[-1], x.meta["val"]
-        if isinstance(classes, int) and value.dim() == dy.meta["val"].dim() and value.shape[-1] == 1:
-            return write(aten.mul.Scalar, x, classes)
-    return None
+    classes = dy.meta["val"].shape[-1]
+    if dy.target is aten.mul.Tensor:
+        for x, weights in (dy.args, dy.args[::-1]):
+            same = _same_for_all_classes(x)
+            if same is not None and _is_one_row(weights, classes):
+                return write(aten.mul.Tensor, same, write(aten.sum.default, weights))
+    same = _same_for_all_classes(dy)
+    return None if same is None or not isinstance(classes, int) else write(aten.mul.Scalar, same, classes)
+
+
+def _same_for_all_classes(x: Any) -> fx.Node | None:
+    """The column that a value repeats for every class."""
+    if not isinstance(x, fx.Node) or x.target is not aten.expand.default:
+        return None
+    column: Any = x.args[0]
+    value = column.meta["val"]
+    return column if value.dim() == x.meta["val"].dim() and value.shape[-1] == 1 else None
+
+
+def _is_one_row(x: Any, classes: object) -> bool:
+    """Whether a value is one row of all classes."""
+    if not isinstance(x, fx.Node):
+        return False
+    *rows, last = x.meta["val"].shape or (0,)
+    return isinstance(last, int) and last == classes and all(n == 1 for n in rows)
 
 
 def _same_shape(x: Any, like: fx.Node) -> bool:

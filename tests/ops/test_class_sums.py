@@ -22,9 +22,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "weights": {"weight": WEIGHTS},
     "a class ignored": {"ignore_index": 3},
     "label smoothing": {"label_smoothing": 0.1},
+    "smoothing and weights": {"label_smoothing": 0.1, "weight": WEIGHTS},
 }
 KEPT: dict[str, dict[str, Any]] = {
-    "smoothing and weights": {"label_smoothing": 0.1, "weight": WEIGHTS},
     "mean": {"reduction": "mean"},
 }
 
@@ -142,6 +142,9 @@ def head(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Any, Callable[[], No
 IN_PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda s, y: F.cross_entropy(s.flatten(0, 1), y.flatten()),
     "label smoothing": lambda s, y: F.cross_entropy(s.flatten(0, 1), y.flatten(), label_smoothing=0.1),
+    "class weights and smoothing": lambda s, y: F.cross_entropy(
+        s.flatten(0, 1), y.flatten(), weight=torch.linspace(0.5, 1.5, s.shape[-1]), label_smoothing=0.1
+    ),
     "classes in dimension 1": lambda s, y: F.cross_entropy(s.transpose(1, 2), y),
     "losses per token too": lambda s, y: F.cross_entropy(s.flatten(0, 1), y.flatten(), reduction="none").sum(),
 }

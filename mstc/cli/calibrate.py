@@ -135,20 +135,19 @@ def _launch(m: Measured) -> None:
 
     What a chunk costs besides its work is not a kernel's launch alone, but reading, writing and adding its pieces.
     """
-    (few, few_kernels), (many, many_kernels) = (_loop(m, LOOP_TOKENS // chunks) for chunks in LOOP_CHUNKS)
+    mlp = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)).to(m.kind)
+    x = torch.randn(1, LOOP_TOKENS, 64, device=m.kind, requires_grad=True)
+    call = next(c for c in capture(mlp, [x], local(m.kind)).step.calls if c.program is not None)
+    few, many = (_loop(m, mlp, x, chunks) for chunks in LOOP_CHUNKS)
+    few_kernels, many_kernels = (sum(call.in_chunks(chunks).kernels) for chunks in LOOP_CHUNKS)
     m.launch = max(many - few, 0.0) / (many_kernels - few_kernels)
 
 
-def _loop(m: Measured, chunk_tokens: int) -> tuple[float, int]:
-    """Seconds and kernels of a small MLP in chunks, forward and backward."""
-    torch.manual_seed(0)
-    mlp = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64)).to(m.kind)
-    x = torch.randn(1, LOOP_TOKENS, 64, device=m.kind, requires_grad=True)
-    options: dict[str, Any] = {"mini_sequence": {"chunk_tokens": chunk_tokens}}
+def _loop(m: Measured, mlp: nn.Module, x: torch.Tensor, chunks: int) -> float:
+    """Seconds of a small MLP in chunks, forward and backward."""
+    options: dict[str, Any] = {"mini_sequence": {"chunk_tokens": x.shape[1] // chunks}}
     loop = torch.compile(mlp, backend="mstc", options=options, dynamic=False)
-    seconds = _timed(m, lambda: loop(x).sum().backward())
-    call = next(c for c in capture(mlp, [x], local(m.kind)).step.calls if c.program is not None)
-    return seconds, sum(call.in_chunks(LOOP_TOKENS // chunk_tokens).kernels)
+    return _timed(m, lambda: loop(x).sum().backward())
 
 
 def _transfer(m: Measured) -> None:

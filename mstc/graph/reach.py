@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch.fx as fx
 
 
 def ancestors(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
     """``nodes`` and everything in ``within`` that they depend on."""
-    found: set[fx.Node] = set()
-    stack = [n for n in nodes if n in within]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        stack.extend(i for i in node.all_input_nodes if i in within)
-    return found
+    return _reached(nodes, within, lambda n: n.all_input_nodes)
 
 
 def descendants(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
     """``nodes`` and everything in ``within`` that depends on them."""
+    return _reached(nodes, within, lambda n: n.users)
+
+
+def _reached(
+    nodes: Iterable[fx.Node], within: set[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = [n for n in nodes if n in within]
     while stack:
@@ -29,5 +27,5 @@ def descendants(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
         if node in found:
             continue
         found.add(node)
-        stack.extend(u for u in node.users if u in within)
+        stack.extend(n for n in neighbours(node) if n in within)
     return found

@@ -6,7 +6,7 @@ Where dy comes from a negative log-likelihood, or from picking one class per row
 entry that is not zero, so the sum is that entry; a picked entry is written as a comparison with the class's number,
 where ``scatter_add`` into zeros would be a buffer of all classes. A compiler that fuses pointwise operations computes
 the sum over again, class by class: with a large vocabulary that costs as much as the rest of the loss. Terms that are
-the same for all classes (label smoothing) are added up as well.
+the same for all classes but for a weight per class (label smoothing) are added up as well.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.costs import nbytes
+from mstc.graph.live import root_of
 from mstc.graph.reach import descendants
 from mstc.ops.writer import Writer
 
@@ -56,10 +57,9 @@ def _after_results(write: Writer, x: fx.Node, gradient: fx.Node) -> fx.Node:
     """
     returned: Any = gradient.graph.output_node().args[0]
     earlier = set(itertools.takewhile(lambda n: n is not gradient, gradient.graph.nodes))
-    source = gradient.args[1]
-    while isinstance(source, fx.Node) and source.target is aten.detach.default:
-        source = source.args[0]
-    if not isinstance(source, fx.Node) or source.target is not aten._log_softmax.default:
+    y: Any = gradient.args[1]
+    source = root_of(y)
+    if source.target is not aten._log_softmax.default:
         return x
     readers = descendants(source.all_input_nodes, earlier)
     for result in dict.fromkeys(r for r in returned if r in readers):

@@ -51,13 +51,13 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
     flops = p.flops()
     moved = _moved(p, count)
     kernels = (p.costs.kernels[0] * count, p.costs.kernels[1] * count)
-    made = [v.nbytes for v in p.outputs]
+    made, gradients = [v.nbytes for v in p.outputs], _gradients(p)
     if loss and p.backward is not None:
         # Forward and gradients in one; the backward scales them.
-        moved = (moved[0] + moved[1], 2.0 * sum(_gradients(p)))
-        work, fresh = (backward, max(_gradients(p), default=0)), (asked[1] + _new(*made, *_gradients(p)), 0.0)
+        moved = (moved[0] + moved[1], 2.0 * sum(gradients))
+        work, fresh = (backward, max(gradients, default=0)), (asked[1] + _new(*made, *gradients), 0.0)
         return LoopCost(work, (flops[1], 0.0), moved, length * _rows(p), fresh, (kernels[1], 1))
-    fresh = (asked[0] + _new(*made), asked[1] + _new(*_gradients(p)))
+    fresh = (asked[0] + _new(*made), asked[1] + _new(*gradients))
     return LoopCost((forward, backward), flops, moved, length * _rows(p), fresh, kernels)
 
 

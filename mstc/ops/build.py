@@ -80,15 +80,22 @@ def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Call:
     raise AssertionError("this body is not to be compiled")
 
 
-def _kernels(gm: fx.GraphModule | None) -> int:
-    """Kernels of a compiled body: its products, and between two of them about one that all the rest is fused into."""
-    return 2 * sum(map(is_heavy, gm.graph.nodes)) + 1 if gm is not None else 0
+@dataclass(frozen=True)
+class _Cost:
+    """What one body costs: FLOPs, most bytes at once, kernels, bytes of the largest value that is made."""
 
+    flops: float = 0.0
+    live: int = 0
+    kernels: int = 0
+    largest: int = 0
 
-def _largest(gm: fx.GraphModule | None) -> int:
-    """Bytes of the largest value that is made."""
-    made = [n for n in gm.graph.nodes if n.op == "call_function" and not is_view(n)] if gm is not None else []
-    return max(map(nbytes, made), default=0)
+    @staticmethod
+    def of(gm: fx.GraphModule, fused: bool, pooled: bool) -> _Cost:
+        made = [n for n in gm.graph.nodes if n.op == "call_function" and not is_view(n)]
+        # A compiled body's kernels: its products, and between two of them about one that all the rest is fused into.
+        kernels = 2 * sum(map(is_heavy, gm.graph.nodes)) + 1
+        flops = sum(map(matmul_flops, gm.graph.nodes))
+        return _Cost(flops, peak_bytes(gm, fused, pooled), kernels, max(map(nbytes, made), default=0))
 
 
 @dataclass(frozen=True)
@@ -102,27 +109,16 @@ class _Traced:
     joint: BackwardBody | None
 
     def costs(self, length: int, fused: bool) -> BodyCosts:
-        """FLOPs of forward and backward body for chunks of that length, and the most bytes that each has live."""
+        """What forward and backward body cost for chunks of that length."""
         with compat.isolated_tracing(self.mode):
             forward = compat.trace_flat(self.body, self.fakes)
         pooled = fused and bool(self.fakes) and self.fakes[0].device.type == "cpu"
-
-        def flops(gm: fx.GraphModule | None) -> float:
-            return sum(map(matmul_flops, gm.graph.nodes)) if gm is not None else 0.0
-
-        def live(gm: fx.GraphModule | None) -> int:
-            return peak_bytes(gm, fused, pooled) if gm is not None else 0
-
-        joint = self.joint.gm if self.joint is not None else None
-        products = self._product_flops(self.joint) if self.joint is not None else 0.0
-        factors = len(self.joint.factors) if self.joint is not None else 0
-        return BodyCosts(
-            length,
-            (flops(forward), flops(joint) + products),
-            (live(forward), live(joint)),
-            (_kernels(forward), _kernels(joint) + factors),
-            (_largest(forward), _largest(joint)),
-        )
+        a, b = _Cost.of(forward, fused, pooled), _Cost()
+        if self.joint is not None:
+            b = _Cost.of(self.joint.gm, fused, pooled)
+            products, factors = self._product_flops(self.joint), len(self.joint.factors)
+            b = replace(b, flops=b.flops + products, kernels=b.kernels + factors)
+        return BodyCosts(length, (a.flops, b.flops), (a.live, b.live), (a.kernels, b.kernels), (a.largest, b.largest))
 
     @staticmethod
     def _product_flops(joint: BackwardBody) -> float:

@@ -61,7 +61,7 @@ class Device:
         flops: float,
         moved: float,
         rows: float,
-        launches: float,
+        kernels: float,
         dtype: str,
         mixer: bool = False,
         fresh: float = 0.0,
@@ -74,7 +74,7 @@ class Device:
         share = self.attention if mixer else self.reached * (rows / (rows + self.half_rows) if rows else 1.0)
         peak = self.flops.get(dtype, self.flops["float32"])
         paged = fresh / self.link if self.name == "cpu" else 0.0
-        return max(flops / (peak * share), moved / (self.bandwidth * self.copies)) + launches * self.launch + paged
+        return max(flops / (peak * share), moved / (self.bandwidth * self.copies)) + kernels * self.launch + paged
 
 
 def names() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _carry_metadata(gm, placeholders, traced.gm)
     _drop_asserts(graph)
     _spell_copies(graph, mode)
+    _spell_strided_writes(graph, mode)
     _fold_grad_mode(graph, fakes, grad_mode)
     size_by_inputs(traced.gm)
     numbers_as_tensors(traced.gm)
@@ -191,6 +193,38 @@ def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
             made.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def _spell_strided_writes(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
+    """``as_strided_scatter`` (of ``fill_diagonal_``) has a wrong derivative in PyTorch: a scatter instead."""
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided_scatter.default):
+        x, source, size, stride, *given = node.args
+        whole = x.meta["val"]
+        offset = given[0] if given else whole.storage_offset()
+        if not all(isinstance(n, int) for n in (*size, *stride, offset, *whole.shape)) or not whole.is_contiguous():
+            raise NotNormalError(
+                "a strided view of a tensor of dynamic size or not contiguous is written to", node.name
+            )
+        call = partial(_call_before, node, mode)
+        places: Any = offset - whole.storage_offset()
+        for n, step in zip(size, stride, strict=True):
+            along = call(aten.mul.Tensor, call(aten.arange.default, n, device=whole.device), step)
+            rest = call(aten.unsqueeze.default, places, -1) if isinstance(places, fx.Node) else places
+            places = call(aten.add.Tensor, along, rest)
+        flat, places, values = (call(aten.reshape.default, v, [-1]) for v in (x, places, source))
+        written = call(aten.scatter.src, flat, 0, places, values)
+        node.replace_all_uses_with(call(aten.reshape.default, written, list(whole.shape)))
+        graph.erase_node(node)
+
+
+def _call_before(node: fx.Node, mode: compat.FakeTensorMode, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in front of ``node``, with its provenance."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, args, kwargs)
+    with mode:
+        plain, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        made.meta = {**node.meta, "val": target(*plain, **named)}
+    return made
 
 
 def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:

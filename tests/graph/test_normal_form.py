@@ -94,6 +94,35 @@ def test_writes_in_place_are_gone() -> None:
     assert not [t for t in targets(form) if t._schema.is_mutable]
 
 
+def no_diagonal(x: Tensor) -> Tensor:
+    return (x.T @ x).fill_diagonal_(0.5).square().sum()
+
+
+def strided(x: Tensor) -> Tensor:
+    y = x * 2
+    y.as_strided((2, 3), (12, 2), 1).mul_(3)
+    return y.square().sum()
+
+
+@pytest.mark.parametrize("fn", [no_diagonal, strided])
+def test_writes_to_strided_views(fn: Callable[[Tensor], Tensor]) -> None:
+    """PyTorch's own derivative of ``as_strided_scatter``, which they become, is wrong."""
+    x = x_of(5, 6)
+    torch._dynamo.reset()
+    got = torch.autograd.grad(torch.compile(fn, backend="mstc", options={"lower": "aot_eager"})(x), x)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(fn(x), x)[0])
+
+
+def test_a_write_to_a_strided_view_of_a_tensor_in_another_order_is_refused() -> None:
+    def fn(x: Tensor) -> Tensor:
+        y = x.T * 2
+        y.as_strided((2,), (1,)).mul_(3)
+        return y.square().sum()
+
+    (reason,) = refusals(fn, x_of(5, 6))
+    assert "strided view" in reason
+
+
 def test_a_mutated_input_is_copied_back_at_the_end() -> None:
     def fn(buffer: Tensor, x: Tensor) -> Tensor:
         buffer.mul_(0.5)

@@ -51,6 +51,9 @@ _ELSEWHERE = "ipu"
 # Made of one step per token, which would be written out.
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
+# Made of a check of success too, which has an effect and no value: only AOTAutograd can keep that in a graph.
+_CHECKED = ("linalg_inv", "linalg_cholesky", "linalg_solve", "linalg_lu_factor", "linalg_ldl_factor")
+
 # Made of a softmax and a loss, which autocast runs in float32, where it has no kernel of its own.
 _FLOAT32_WHOLE = (aten.cross_entropy_loss.default,)
 
@@ -162,7 +165,7 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func in _FLOAT32_WHOLE and devices:
             args, kwargs = self._in_float32(args, kwargs)
-        elif devices and func._can_decompose() and torch.Tag.nondeterministic_seeded not in func.tags:
+        elif devices and func._can_decompose() and _may_be_taken_apart(func):
             before = self._casts
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -195,10 +198,15 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
 @functools.cache
 def _is_made_of_others(func: OpOverload) -> bool:
     """Whether PyTorch has no derivative for the op but runs others in its place, not once per token."""
-    if func.namespace != "aten" or not func._can_decompose() or torch.Tag.nondeterministic_seeded in func.tags:
+    if func.namespace != "aten" or not func._can_decompose() or not _may_be_taken_apart(func):
         return False
     tensors = all("Tensor" in str(r.type) for r in func._schema.returns)
     return tensors and func.overloadpacket.__name__ not in _RECURRENT
+
+
+def _may_be_taken_apart(func: OpOverload) -> bool:
+    """Whether its parts draw no random numbers and have no effects."""
+    return torch.Tag.nondeterministic_seeded not in func.tags and func.overloadpacket.__name__ not in _CHECKED
 
 
 def _draws(x: torch.Tensor, p: float, train: bool) -> bool:

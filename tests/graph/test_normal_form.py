@@ -94,6 +94,22 @@ def test_writes_in_place_are_gone() -> None:
     assert not [t for t in targets(form) if t._schema.is_mutable]
 
 
+@pytest.mark.parametrize("op", [torch.linalg.inv, torch.linalg.cholesky, lambda a: torch.linalg.solve(a, a + 1)])
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_ops_that_check_their_success(op: Callable[[Tensor], Tensor], lower: str) -> None:
+    """The check has an effect and no value; it stays, so that a singular matrix is an error as in eager."""
+
+    def fn(x: Tensor) -> Tensor:
+        return op(x @ x.T).square().sum()
+
+    x = x_of(4, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="mstc", options={"lower": lower})
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(fn(x), x)[0])
+    with pytest.raises(RuntimeError, match=r"linalg\."):
+        compiled(torch.zeros_like(x, requires_grad=True))
+
+
 def no_diagonal(x: Tensor) -> Tensor:
     return (x.T @ x).fill_diagonal_(0.5).square().sum()
 

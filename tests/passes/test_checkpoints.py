@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import mstc
 from mstc.errors import OptionError
 from mstc.options import parse_options
-from testkit.allocator import measured_peak
+from testkit.allocator import measured_peak, predicted_mib
 from testkit.exactness import chunked, compare
-from testkit.hf_models import causal, config_of, tokens
+from testkit.hf_models import FOR_PEAKS, causal, in_training, tokens
 
 LAYERS = 2  # of `causal`
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -130,37 +130,20 @@ def test_a_checkpointed_head_computes_its_gradients_once() -> None:
     assert found["mstc::loss_loop"] == 1
 
 
-_SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 224,
-    "vocab_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "use_cache": False,
-    "pad_token_id": 0,
-}
-
-
 def test_under_a_budget_the_plan_has_the_checkpointed_blocks() -> None:
     """The peak is the predicted one, at a budget that lets attention be kept and at one that does not."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config_of("llama", **_SIZES)).train()
+    model, loss_fn = in_training("llama", **{**FOR_PEAKS, "num_hidden_layers": 4})
     model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(0, 512, (1, 1024), generator=torch.Generator().manual_seed(0))
     again = []
     for budget in ("6MiB", "64MiB"):
         torch._dynamo.reset()
         options = {"lower": "aot_eager", "memory_budget": budget}
-        fn = torch.compile(_loss_of(model), backend="mstc", options=options, dynamic=False)
+        fn = torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
         found, _ = _runs(fn, ids)
         again.append(found[ATTENTION])
         peak = measured_peak(lambda fn=fn: fn(ids).backward(), model) / 2**20  # type: ignore[misc]
-        line = next(line for line in mstc.reports()[-1].plan if "predicted peak" in line)
-        assert float(line.split("predicted peak ")[1].split(" MiB")[0]) == pytest.approx(peak, rel=0.05, abs=0.5)
+        assert predicted_mib() == pytest.approx(peak, rel=0.05, abs=0.5)
     assert again[1] == 4 < again[0]
 
 

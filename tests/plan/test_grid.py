@@ -19,16 +19,9 @@ from mstc.plan.devices import local
 from mstc.plan.solve import least_peak, solve
 from mstc.plan.stages import stages_of
 from testkit.allocator import measured_peak
-from testkit.hf_models import in_training
+from testkit.hf_models import FOR_PEAKS, in_training
 
 MIB = 2**20
-_SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 224,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "max_position_embeddings": 8192,
-}
 MODELS = ("llama", "qwen2", "phi3", "olmo2")
 LENGTHS = (1024, 2048, 4096)
 SHARES = (0.0, 0.3, 1.0)  # of the way from the least peak to the fastest plan's
@@ -50,7 +43,7 @@ def _fresh() -> Iterator[None]:
 
 @pytest.mark.parametrize(("kind", "length", "share"), POINTS)
 def test_the_predicted_peak_is_measured(kind: str, length: int, share: float) -> None:
-    model, loss_fn = in_training(kind, **_SIZES)
+    model, loss_fn = in_training(kind, **FOR_PEAKS)
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
     budget, predicted = _budget(loss_fn, ids, share)
     torch._dynamo.reset()

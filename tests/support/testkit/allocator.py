@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["measured_peak"]
+import mstc
+
+__all__ = ["measured_peak", "predicted_mib"]
 
 
 def measured_peak(step: Callable[[], Any], model: nn.Module) -> int:
@@ -27,3 +29,9 @@ def measured_peak(step: Callable[[], Any], model: nn.Module) -> int:
         peak = max(peak, now)
     assert events, "the profiler saw no allocation"
     return peak + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def predicted_mib() -> float:
+    """The peak in MiB that the plan of the newest report tells."""
+    line = next(line for line in mstc.reports()[-1].plan if "predicted peak" in line)
+    return float(line.split("predicted peak ")[1].split(" MiB")[0])

@@ -28,6 +28,7 @@ from mstc.graph.axes import Tokenwise
 from mstc.graph.costs import hint, is_heavy
 from mstc.graph.editor import has_order
 from mstc.graph.places import Flow, Lost, Place
+from mstc.graph.reach import ancestors, descendants
 from mstc.graph.regions import Region, is_weight, region_of
 from mstc.graph.rules import flow_of
 from mstc.graph.rules.call import Call, operands_of
@@ -267,18 +268,5 @@ def _is_matrix(node: fx.Node) -> bool:
 
 def _between(scores: list[fx.Node], product: fx.Node, rank: Mapping[fx.Node, int]) -> set[fx.Node]:
     """The nodes on the ways from the scores to the product."""
-    after: set[fx.Node] = set()
-    stack = list(scores)
-    while stack:
-        node = stack.pop()
-        if node not in after and rank[node] <= rank[product]:
-            after.add(node)
-            stack.extend(node.users)
-    found: set[fx.Node] = set()
-    stack = [product]
-    while stack:
-        node = stack.pop()
-        if node in after and node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    until = {n for n, at in rank.items() if at <= rank[product]}
+    return ancestors([product], descendants(scores, until))

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import click
@@ -102,13 +103,13 @@ def _work(m: Measured) -> Iterator[tuple[str, Callable[[], None]]]:
     """Each measurement by name."""
     for dtype in (torch.float32, torch.bfloat16):
         for rows in ROWS:
-            yield f"matrix product, {str(dtype)[6:]}, {rows} rows", lambda d=dtype, r=rows: _product(m, d, r)  # type: ignore[misc]
-    yield "attention", lambda: _attention(m)
-    yield "copy", lambda: _copy(m)
-    yield "launch", lambda: _launch(m)
-    yield "transfer", lambda: _transfer(m)
+            yield f"matrix product, {str(dtype)[6:]}, {rows} rows", partial(_product, m, dtype, rows)
+    yield "attention", partial(_attention, m)
+    yield "copy", partial(_copy, m)
+    yield "launch", partial(_launch, m)
+    yield "transfer", partial(_transfer, m)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield "all-reduce", lambda: _collective(m)
+        yield "all-reduce", partial(_collective, m)
 
 
 def _product(m: Measured, dtype: torch.dtype, rows: int) -> None:
@@ -139,7 +140,7 @@ def _launch(m: Measured) -> None:
     x = torch.randn(1, LOOP_TOKENS, 64, device=m.kind, requires_grad=True)
     call = next(c for c in capture(mlp, [x], local(m.kind)).step.calls if c.program is not None)
     few, many = (_loop(m, mlp, x, chunks) for chunks in LOOP_CHUNKS)
-    few_kernels, many_kernels = (sum(call.in_chunks(chunks).kernels) for chunks in LOOP_CHUNKS)
+    few_kernels, many_kernels = (sum(call.in_chunks(chunks).cost.kernels) for chunks in LOOP_CHUNKS)
     m.launch = max(many - few, 0.0) / (many_kernels - few_kernels)
 
 

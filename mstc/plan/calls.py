@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
 from mstc.graph.live import is_view
 from mstc.ops.program import Program, program
-from mstc.plan.work import loop_work
+from mstc.plan.work import Cost, loop_cost
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -41,12 +41,10 @@ class Call:
 
     kind: "loop", "loss", "mixer" or "op"; reads, makes: memories; keeps: memories that its backward reads,
     its own results among them; grads: memories of inputs that get a gradient, needs: results that bring one;
-    work: temporaries of forward and backward; flops, moved (bytes): of both; again: it runs again in the backward;
-    cheap: neither a product nor a mixer; program: of a loop; rows: of its products; chunks: how many it runs in;
-    kernels: launched in its forward and backward;
+    cost: of forward and backward; again: it runs again in the backward;
+    cheap: neither a product nor a mixer; program: of a loop; chunks: how many it runs in;
     offloads: those of its results that wait for the backward elsewhere;
-    savings: what its loop may save inside it; saved: what it does save (names of nodes);
-    fresh: bytes that a loop asks of the system, forward and backward.
+    savings: what its loop may save inside it; saved: what it does save (names of nodes).
     """
 
     name: str
@@ -57,19 +55,14 @@ class Call:
     keeps: tuple[str, ...] = ()
     grads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    work: tuple[int, int] = (0, 0)
-    flops: tuple[float, float] = (0.0, 0.0)
-    moved: tuple[float, float] = (0.0, 0.0)
+    cost: Cost = field(default_factory=Cost)
     again: bool = False
     cheap: bool = False
     program: Program | None = None
-    rows: float = 0.0
     chunks: int = 1
-    kernels: tuple[int, int] = (1, 1)
     offloads: tuple[str, ...] = ()
     savings: tuple[Saving, ...] = ()
     saved: tuple[str, ...] = ()
-    fresh: tuple[float, float] = (0.0, 0.0)
 
     def saving(self, level: int) -> Call:
         """The same loop saving what level ``level`` of its savings says (0: nothing inside it)."""
@@ -85,9 +78,7 @@ class Call:
         """The same loop in another number of chunks."""
         if self.program is None:
             return self
-        cost = loop_work(self.program, self.kind == "loss", count)
-        call = replace(self, work=cost.work, flops=cost.flops, moved=cost.moved, fresh=cost.fresh)
-        return replace(call, rows=cost.rows, chunks=count, kernels=cost.kernels)
+        return replace(self, cost=loop_cost(self.program, self.kind == "loss", count), chunks=count)
 
 
 @dataclass
@@ -240,9 +231,7 @@ class _Reader:
             (*reads, node.name, lse) if grads else (),
             grads,
             (node.name,) if grads else (),
-            attention_workspace(q, node),
-            (flops, 2.5 * flops),
-            (moved, 2 * moved),
+            Cost(attention_workspace(q, node), (flops, 2.5 * flops), (moved, 2 * moved)),
             node.meta.get("recompute") is not None,
         )
 
@@ -258,7 +247,8 @@ class _Reader:
             float(flop_registry[backward](results[0], None, *arguments, out_val=None)),
         )
         keeps = (*call.keeps, makes[-1]) if call.grads else ()
-        return replace(call, keeps=keeps, needs=makes[:1] if call.grads else (), flops=flops, cheap=False)
+        needs = makes[:1] if call.grads else ()
+        return replace(call, keeps=keeps, needs=needs, cost=replace(call.cost, flops=flops), cheap=False)
 
     def _cross_entropy(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
         """It keeps the logarithm of the softmax, and its backward makes one more value of that size."""
@@ -268,7 +258,7 @@ class _Reader:
         log = f"{node.name}:log"
         self.sizes[log] = size
         keeps = (*(r for r in reads if r != logits), log) if call.grads else ()
-        return replace(call, makes=(*makes, log), keeps=keeps, work=(0, size), cheap=False)
+        return replace(call, makes=(*makes, log), keeps=keeps, cost=replace(call.cost, work=(0, size)), cheap=False)
 
     def _op(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
         """Any other op: its backward reads what torch's own derivative saves, or where that is cheap, its inputs."""
@@ -286,9 +276,7 @@ class _Reader:
             keeps,
             grads if differentiable else (),
             makes if differentiable else (),
-            (0, 0),
-            (flops, 2 * flops),
-            (moved, 2 * moved),
+            Cost((0, 0), (flops, 2 * flops), (moved, 2 * moved)),
             node.meta.get("recompute") is not None,
             not is_heavy(node) and node.target is not aten.embedding.default,
         )

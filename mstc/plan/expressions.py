@@ -38,15 +38,15 @@ def costs_of(call: Call, step: Step, batch: int, tokens: int) -> Costs:
     n = batch * tokens
     linear = B * S
     growth = linear * S / (n * tokens) if call.kind == "mixer" else linear / n
-    flops = tuple(_whole(x) * growth for x in call.flops)
+    flops = tuple(_whole(x) * growth for x in call.cost.flops)
     kept = sum(step.sizes[m] for m in call.keeps if m in call.makes)
     if call.program is None:
-        moved = tuple(_whole(x) * linear / n for x in call.moved)
-        return Costs(flops, moved, (sympy.Integer(call.work[0]), sympy.Integer(call.work[1])), kept * linear / n)
-    one, two = call.in_chunks(1), call.in_chunks(2)
+        moved = tuple(_whole(x) * linear / n for x in call.cost.moved)
+        forward, backward = call.cost.work
+        return Costs(flops, moved, (sympy.Integer(forward), sympy.Integer(backward)), kept * linear / n)
+    one, two, many = (call.in_chunks(count).cost for count in (1, 2, 4))
     weights = [b - a for a, b in zip(one.moved, two.moved, strict=True)]
     moved = tuple(_whole(w) * linear / C + _whole(a - w) * linear / n for w, a in zip(weights, one.moved, strict=True))
-    many = call.in_chunks(4)
     slopes = [(a - b) / (two.rows - many.rows) for a, b in zip(two.work, many.work, strict=True)]
     work = tuple(_whole(b - slope * many.rows) + _whole(slope) * C for slope, b in zip(slopes, many.work, strict=True))
     return Costs(flops, moved, work, kept * linear / n)

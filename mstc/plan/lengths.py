@@ -40,8 +40,9 @@ def _call(call: Call, old: int, new: int, programs: dict[str, Program]) -> Call:
         p = _scaled_program(p, old, new, programs)
         return replace(call, program=p, savings=savings).in_chunks(p.count)
     powers = ratio * ratio if call.kind == "mixer" else ratio
-    flops = (call.flops[0] * powers, call.flops[1] * powers)
-    return replace(call, flops=flops, moved=(call.moved[0] * ratio, call.moved[1] * ratio))
+    flops, moved = call.cost.flops, call.cost.moved
+    grown = replace(call.cost, flops=(flops[0] * powers, flops[1] * powers), moved=(moved[0] * ratio, moved[1] * ratio))
+    return replace(call, cost=grown)
 
 
 def _scaled_program(p: Program, old: int, new: int, known: dict[str, Program]) -> Program:

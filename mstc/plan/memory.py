@@ -133,7 +133,7 @@ class _Run:
 
     def forward(self, i: int, call: Call) -> None:
         self._hold(call.makes)
-        self._note(call, call.work[0], False)
+        self._note(call, call.cost.work[0], False)
         done = [m for m in (*call.reads, *call.makes) if self._last_read[m] == i]
         self._rest.drop(m for m in done if m not in self.step.outputs)
 
@@ -156,7 +156,7 @@ class _Run:
             self._own.add(m for m in call.grads if m in self._fixed)
             self._flowing.add(m for m in call.grads if m not in self._fixed)
             doubled = sum(sizes[m] for m in second)
-            self._note(call, call.work[1] + doubled, True)
+            self._note(call, call.cost.work[1] + doubled, True)
             if doubled:
                 self._note(call, doubled + max(sizes[m] for m in second), True)
         self._flowing.drop(call.makes)
@@ -174,7 +174,7 @@ class _Run:
         for read in maker.reads:
             self._make_again(read)
         self._rest.add(m for m in maker.makes if m in self._needed)
-        self._note(maker, maker.work[0], True)
+        self._note(maker, maker.cost.work[0], True)
 
     def _hold(self, memories: Iterable[str]) -> None:
         for m in memories:

@@ -118,12 +118,12 @@ def seconds(calls: Sequence[Call], device: Device, dtype: str, training: bool, o
     """Forward, backward, what runs again, and bytes that leave in the one and come back in the other."""
     forward = backward = 0.0
     for c in calls:
-        mixer = c.kind == "mixer"
-        once = device.seconds(c.flops[0], c.moved[0], c.rows, c.kernels[0], dtype, mixer, c.fresh[0])
+        mixer, x = c.kind == "mixer", c.cost
+        once = device.seconds(x.flops[0], x.moved[0], x.rows, x.kernels[0], dtype, mixer, x.fresh[0])
         forward += once
         backward += once if c.again and training else 0.0
         if training and c.grads:
-            backward += device.seconds(c.flops[1], c.moved[1], c.rows, c.kernels[1], dtype, mixer, c.fresh[1])
+            backward += device.seconds(x.flops[1], x.moved[1], x.rows, x.kernels[1], dtype, mixer, x.fresh[1])
     copies = offloaded / device.link
     if device.overlaps:
         return max(forward, copies) + max(backward, copies)
@@ -145,7 +145,7 @@ def _shape(call: Call, step: Step) -> tuple[object, ...]:
     """What two calls that cost the same share."""
     program = call.program.key if call.program is not None else call.label
     savings = tuple(s.program.key for s in call.savings)
-    return (program, savings, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.flops)
+    return (program, savings, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.cost.flops)
 
 
 def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int], ...]]:
@@ -216,7 +216,7 @@ def _counts(call: Call, levers: Levers) -> list[int]:
     """Numbers of chunks from one on, each about twice the one before, dividing the length where one near does."""
     p = call.program
     assert p is not None
-    rows = max(int(call.rows * p.count / max(p.n, 1)), 1)
+    rows = max(int(call.cost.rows * p.count / max(p.n, 1)), 1)
     counts = [1]
     while levers.chunks and p.n * rows // (2 * counts[-1]) >= FEWEST_TOKENS and 2 * counts[-1] <= p.n:
         wanted = 2 * counts[-1]

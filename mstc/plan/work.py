@@ -1,4 +1,4 @@
-"""What a loop costs besides what it reads and makes: temporaries, FLOPs and bytes moved.
+"""What a call costs besides what it reads and makes: temporaries, FLOPs and bytes moved; of a loop, by its bodies.
 
 A body's values are affine in the tokens of a chunk, so what is measured on the body of one length is
 
@@ -19,21 +19,23 @@ HEAP = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class LoopCost:
-    """Forward and backward: temporaries at the peak, FLOPs, bytes moved, bytes asked of the system; rows of one chunk's
-    products; kernels of all chunks."""
+class Cost:
+    """Forward and backward of a call. Only loops tell ``rows`` and ``fresh``, and more than one kernel.
 
-    work: tuple[int, int]
-    flops: tuple[float, float]
-    moved: tuple[float, float]
-    rows: float
-    fresh: tuple[float, float]
-    kernels: tuple[int, int]
+    work: temporaries at the peak in bytes; flops; moved: bytes read and written; rows: of one chunk's products;
+    fresh: bytes asked of the system; kernels: launched, in all chunks together.
+    """
+
+    work: tuple[int, int] = (0, 0)
+    flops: tuple[float, float] = (0.0, 0.0)
+    moved: tuple[float, float] = (0.0, 0.0)
+    rows: float = 0.0
+    fresh: tuple[float, float] = (0.0, 0.0)
+    kernels: tuple[int, int] = (1, 1)
 
 
-def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
-    """The costs of a loop program, or of the same in ``count`` chunks, read off its bodies and `mstc.ops.loop`."""
-    count = p.count if count is None else count
+def loop_cost(p: Program, loss: bool, count: int) -> Cost:
+    """The costs of a loop program in ``count`` chunks, read off its bodies and `mstc.ops.loop`."""
     length = -(-p.n // count)
     live = [x * length // p.costs.length for x in p.costs.live]
     # A chunk's temporaries lie where those of the chunk before lay; small ones on the heap.
@@ -56,9 +58,9 @@ def loop_work(p: Program, loss: bool, count: int | None = None) -> LoopCost:
         # Forward and gradients in one; the backward scales them.
         moved = (moved[0] + moved[1], 2.0 * sum(gradients))
         work, fresh = (backward, max(gradients, default=0)), (asked[1] + _new(*made, *gradients), 0.0)
-        return LoopCost(work, (flops[1], 0.0), moved, length * _rows(p), fresh, (kernels[1], 1))
+        return Cost(work, (flops[1], 0.0), moved, length * _rows(p), fresh, (kernels[1], 1))
     fresh = (asked[0] + _new(*made), asked[1] + _new(*gradients))
-    return LoopCost((forward, backward), flops, moved, length * _rows(p), fresh, kernels)
+    return Cost((forward, backward), flops, moved, length * _rows(p), fresh, kernels)
 
 
 def _wider(p: Program) -> int:

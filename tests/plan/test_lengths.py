@@ -37,23 +37,23 @@ def test_another_length_is_evaluated_as_if_captured_there() -> None:
     evaluated = at_length(near.draft.step, 2048, 6144)
     assert simulate(evaluated).peak.total == pytest.approx(simulate(far.draft.step).peak.total, rel=0.01)
     for a, b in zip(evaluated.calls, far.draft.step.calls, strict=True):
-        assert a.flops == pytest.approx(b.flops, rel=1e-6)
+        assert a.cost.flops == pytest.approx(b.cost.flops, rel=1e-6)
 
 
 def test_the_expressions_give_the_figures_back() -> None:
     step = _planned(2048).draft.step
     for call in step.calls:
         costs = costs_of(call, step, 1, 2048)
-        at = {B: 1, S: 2048, C: call.rows or 2048}
-        assert [float(e.subs(at)) for e in costs.flops] == pytest.approx(call.flops, abs=1)
-        assert [float(e.subs(at)) for e in costs.moved] == pytest.approx(call.moved, rel=1e-3, abs=16)
+        at = {B: 1, S: 2048, C: call.cost.rows or 2048}
+        assert [float(e.subs(at)) for e in costs.flops] == pytest.approx(call.cost.flops, abs=1)
+        assert [float(e.subs(at)) for e in costs.moved] == pytest.approx(call.cost.moved, rel=1e-3, abs=16)
 
 
 def test_attention_grows_with_the_square_of_the_length_and_loops_linearly() -> None:
     step = _planned(2048).draft.step
     for call in step.calls:
         ratio = costs_of(call, step, 1, 2048).flops[0]
-        if call.flops[0]:
+        if call.cost.flops[0]:
             assert ratio.subs({B: 1, S: 4096}) / ratio.subs({B: 1, S: 2048}) == (4 if call.kind == "mixer" else 2)
 
 

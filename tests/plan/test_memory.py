@@ -6,14 +6,15 @@ from dataclasses import replace
 
 from mstc.plan.calls import Call, Step
 from mstc.plan.memory import simulate
+from mstc.plan.work import Cost
 
 # x -> a (kept) -> b -> loss; w and v are parameters.
 _SIZES = {"x": 10, "w": 100, "v": 200, "a": 30, "b": 50, "loss": 1}
 
 
 def _step(again: bool = False, training: bool = True) -> Step:
-    first = Call("f", "f", "loop", ("x", "w"), ("a",), ("x",), ("w",), ("a",), (3, 4))
-    second = Call("g", "g", "loop", ("a", "v"), ("b",), ("a",), ("a", "v"), ("b",), (5, 6), again=again)
+    first = Call("f", "f", "loop", ("x", "w"), ("a",), ("x",), ("w",), ("a",), Cost((3, 4)))
+    second = Call("g", "g", "loop", ("a", "v"), ("b",), ("a",), ("a", "v"), ("b",), Cost((5, 6)), again=again)
     last = Call("h", "h", "op", ("b",), ("loss",), ("b",), ("b",), ("loss",))
     return Step([first, second, last], dict(_SIZES), ("w", "v"), ("x",), ("loss",), training)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -100,8 +101,17 @@ def logits_of(i: Inputs) -> Tensor:
     return F.linear(i.hidden, i.weight)
 
 
-def flat(logits: Tensor, labels: Tensor, **options: object) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)  # type: ignore[arg-type]
+class LossOptions(TypedDict, total=False):
+    """What `F.cross_entropy` may be told besides scores and labels."""
+
+    weight: Tensor
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+def flat(logits: Tensor, labels: Tensor, **options: Unpack[LossOptions]) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
 
 
 def each(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ python examples/checkpointing.py
 from __future__ import annotations
 
 import torch
-from common import OPTIONS, batches, show_reports, small_llama
+from common import OPTIONS, batches, run, show_reports, small_llama, train
 from torch import Tensor
 
 
-def main(steps: int = 3) -> list[float]:
+def main(steps: int) -> list[float]:
     model = small_llama().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind breaks the graph
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -20,17 +20,10 @@ def main(steps: int = 3) -> list[float]:
         return loss
 
     compiled = torch.compile(loss_fn, backend="mstc", options=OPTIONS, dynamic=False)
-    losses = []
-    for step, ids in enumerate(batches(steps)):
-        loss = compiled(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        print(f"step {step}: loss {losses[-1]:.4f}")
+    losses = train(compiled, optimizer, batches(steps))
     show_reports()
     return losses
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

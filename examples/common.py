@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,6 +44,32 @@ OPTIONS: dict[str, Any] = {
     "mini_sequence": {"chunk_tokens": 512},
     "lm_head": {"chunk_tokens": 512},
 }
+
+
+def train(
+    loss_fn: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, data: Iterable[Tensor], show: bool = True
+) -> list[float]:
+    """One step per batch; the losses, printed as well where ``show`` says so."""
+    losses = []
+    for step, ids in enumerate(data):
+        loss = loss_fn(ids)
+        loss.backward()  # outside: inside the compiled function it would break the graph
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if show:
+            print(f"step {step}: loss {losses[-1]:.4f}")
+    return losses
+
+
+def run(main: Callable[[int], list[float]], about: str | None) -> None:
+    """Call ``main`` with the number of steps that the command line gives."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="steps of the optimizer (default: 3)")
+    steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be 1 or more, got {steps}")
+    main(steps)
 
 
 def show_reports() -> None:

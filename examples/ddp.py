@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import OPTIONS, batches, show_reports, small_llama
+from common import OPTIONS, batches, run, show_reports, small_llama
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +21,7 @@ ACCUMULATE = 2
 torch._dynamo.config.optimize_ddp = False
 
 
-def main(steps: int = 3) -> list[float]:
+def main(steps: int) -> list[float]:
     dist.init_process_group("gloo")
     parallel = DistributedDataParallel(small_llama())
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=3e-3)
@@ -51,4 +51,4 @@ def main(steps: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

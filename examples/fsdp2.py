@@ -1,4 +1,4 @@
-"""FSDP2: shard the layers, then compile each layer in place; what lies around them is compiled with the step.
+"""FSDP2: shard each layer, then the model, then compile the function that returns the loss.
 
 torchrun --nproc-per-node 2 examples/fsdp2.py
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from common import OPTIONS, batches, show_reports, small_llama
+from common import OPTIONS, batches, run, show_reports, small_llama, train
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 
-def main(steps: int = 3) -> list[float]:
+def main(steps: int) -> list[float]:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = small_llama()
@@ -27,20 +27,13 @@ def main(steps: int = 3) -> list[float]:
         return loss
 
     compiled = torch.compile(loss_fn, backend="mstc", options=OPTIONS, dynamic=False)
-    losses = []
-    for step, ids in enumerate(batches(steps, seed=dist.get_rank())):
-        loss = compiled(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {losses[-1]:.4f}")
-    if dist.get_rank() == 0:
+    first = dist.get_rank() == 0
+    losses = train(compiled, optimizer, batches(steps, seed=dist.get_rank()), show=first)
+    if first:
         show_reports()
     dist.destroy_process_group()
     return losses
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

@@ -6,12 +6,12 @@ python examples/lora.py
 from __future__ import annotations
 
 import torch
-from common import OPTIONS, batches, show_reports, small_llama
+from common import OPTIONS, batches, run, show_reports, small_llama, train
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 
-def main(steps: int = 3) -> list[float]:
+def main(steps: int) -> list[float]:
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
     model = get_peft_model(small_llama(), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -21,17 +21,10 @@ def main(steps: int = 3) -> list[float]:
         return loss
 
     compiled = torch.compile(loss_fn, backend="mstc", options=OPTIONS, dynamic=False)
-    losses = []
-    for step, ids in enumerate(batches(steps)):
-        loss = compiled(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        print(f"step {step}: loss {losses[-1]:.4f}")
+    losses = train(compiled, optimizer, batches(steps))
     show_reports()
     return losses
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

@@ -6,13 +6,13 @@ python examples/plain_loop.py
 from __future__ import annotations
 
 import torch
-from common import OPTIONS, batches, show_reports, small_llama
+from common import OPTIONS, batches, run, show_reports, small_llama
 from torch import Tensor
 
 ACCUMULATE = 2
 
 
-def main(steps: int = 3) -> list[float]:
+def main(steps: int) -> list[float]:
     model = small_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
@@ -35,4 +35,4 @@ def main(steps: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

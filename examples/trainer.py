@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import tempfile
 
-from common import OPTIONS, batches, show_reports, small_llama
+from common import OPTIONS, batches, run, show_reports, small_llama
 from transformers import Trainer, TrainingArguments
 
 
-def main(steps: int = 3) -> list[float]:
+def main(steps: int) -> list[float]:
     model = small_llama()
     # The model returns (loss, logits); the Trainer reads the loss only.
     model.compile(backend="mstc", options={**OPTIONS, "unused_outputs": [1]}, dynamic=False)
@@ -35,4 +35,4 @@ def main(steps: int = 3) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

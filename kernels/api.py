@@ -15,6 +15,7 @@ from mstc.kernels.common.checks import (
     check_shape,
     check_tensors,
     fail,
+    scale_of,
 )
 from mstc.kernels.delta_rule.op import delta_rule
 from mstc.kernels.delta_rule.recurrent import fused_recurrent as delta_recurrent
@@ -76,12 +77,15 @@ def linear_attention(
     [N, H, K, V] for N documents packed by ``cu_seqlens`` [N + 1] (then B = 1). beta [B, T, H] is
     the delta rule: decay first, then S += k (beta (v - k S)). bonus [H, K] (RWKV6, with a decay
     over K): o_t = scale * q_t (S_{t-1} + diag(bonus) k_t^T v_t).
-    Returns o [B, T, H, V], or (o, final state) with ``output_final_state``.
+    K and V are at most 256; q, k and v have one dtype of bfloat16, float16, float32 and float64.
+    Returns o [B, T, H, V] in that dtype, or with ``output_final_state`` (o, final state), the state as
+    initial_state is shaped, in float32 (float64 for float64). Raises `KernelArgumentError`, which names
+    the argument, on a wrong type, shape, dtype, device or ``cu_seqlens``.
     """
     optional = {"decay": decay, "beta": beta, "bonus": bonus}
     _check_common({"q": q, "k": k, "v": v}, optional, initial_state, cu_seqlens)
     _check_options(q, decay, beta, bonus)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(scale, q.shape[-1])
     if decay is not None and decay.dim() == 1:
         decay = decay.expand(q.shape[:3])
     out, final = _run(q, k, v, decay, beta, bonus, scale, initial_state, cu_seqlens)
@@ -160,7 +164,7 @@ def dplr_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """S_t = diag(exp(decay_t)) S_{t-1} + b_t^T (a_t S_{t-1}) + k_t^T v_t, o_t = scale * q_t S_t (RWKV7).
 
-    q, k, a, b and decay are [B, T, H, K]; everything else is as in ``linear_attention``.
+    q, k, a, b and decay are [B, T, H, K]; everything else, errors among it, is as in ``linear_attention``.
     """
     _check_common({"q": q, "k": k, "v": v, "a": a, "b": b, "decay": decay}, {}, initial_state, cu_seqlens)
     dims = list(zip("BTHK", q.shape, strict=True))
@@ -168,7 +172,7 @@ def dplr_attention(
         check_shape(name, tensor, dims)
     for name, tensor in (("a", a), ("b", b)):
         check_same_dtype(name, tensor, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(scale, q.shape[-1])
     if _is_one_token(q, cu_seqlens):
         out, final = under_autocast(dplr_recurrent, q.device.type, 5)(q, k, v, a, b, decay, initial_state, scale)
     else:

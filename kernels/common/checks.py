@@ -24,6 +24,7 @@ __all__ = [
     "check_shape",
     "check_tensors",
     "fail",
+    "scale_of",
 ]
 
 MAX_HEAD_DIM = 256
@@ -84,6 +85,15 @@ def check_no_tangent(name: str, tensor: Tensor) -> None:
     """Raise under forward-mode AD: an op would drop the tangent without a word. (Dynamo cannot trace the question.)"""
     if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         raise fail(name, "a tensor with a tangent (forward-mode AD)", "reverse-mode gradients only")
+
+
+def scale_of(scale: object, key: int) -> float:
+    """The scale as given, K ** -0.5 for None. Raise unless it is a number: a tensor's gradient would be lost."""
+    if scale is None:
+        return key**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+        raise fail("scale", type(scale).__name__, "a number or None")
+    return scale  # type: ignore[no-any-return]  # a symbol stands for a number
 
 
 def check_head_dim(name: str, size: int) -> None:

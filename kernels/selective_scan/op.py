@@ -197,7 +197,8 @@ def selective_scan(
 
     x, dt [B, T, D], dt > 0 after its softplus; A [D, N], at most 0; B, C [B, T, N]; D [D]; z [B, T, D];
     initial_state [B, D, N], or one for each document packed by ``cu_seqlens`` (then B = 1).
-    Returns y [B, T, D], or (y, final state in float32) with ``output_final_state``.
+    Returns y [B, T, D], or (y, final state in float32) with ``output_final_state``. Raises
+    `KernelArgumentError`, which names the argument, on a wrong type, shape, dtype, device or ``cu_seqlens``.
     """
     _check(x, dt, A, B, C, D, z, initial_state, cu_seqlens)
     if cu_seqlens is None and x.shape[1] == 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mstc.kernels.common.autocast import register_autocast
-from mstc.kernels.common.checks import check_attention_inputs, check_offsets_form, check_tensors, fail
+from mstc.kernels.common.checks import check_attention_inputs, check_offsets_form, check_tensors, fail, scale_of
 from mstc.kernels.common.dispatch import triton_form
 from mstc.kernels.common.segments import state_dtype
 from mstc.kernels.sliding_window import chunked
@@ -157,6 +157,7 @@ def sliding_window_attention(
 
     q, k [B, T, H, K]; v [B, T, H, V]; scale: K ** -0.5 unless given. Returns o [B, T, H, V], or
     (o, log-sum-exp of the scores [B, T, H]) with ``return_lse``, which ``merge`` joins with other keys.
+    dtypes, documents packed by ``cu_seqlens`` and errors are as in ``linear_attention``.
     """
     check_tensors({"q": q, "k": k, "v": v}, {"cu_seqlens": cu_seqlens})
     check_attention_inputs(q, k, v)
@@ -165,6 +166,6 @@ def sliding_window_attention(
             raise fail(name, number, f"an int, {least} or more")
     if cu_seqlens is not None:
         check_offsets_form(cu_seqlens, q.shape[0])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(scale, q.shape[-1])
     out, lse = sliding_window(q, k, v, cu_seqlens, window, sinks, scale)
     return (out, lse) if return_lse else out

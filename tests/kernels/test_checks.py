@@ -46,6 +46,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("cu_seqlens", {"cu_seqlens": [0, 6]}, "a tensor or None"),
     ("k", {"k": None}, "a tensor"),
     ("decay", {"decay": -0.5}, "a tensor or None"),
+    ("scale", {"scale": "small"}, "a number or None"),
+    ("scale", {"scale": True}, "a number or None"),
+    ("scale", {"scale": torch.tensor(0.5, requires_grad=True)}, "a number or None"),
 ]
 
 
@@ -61,6 +64,13 @@ def test_bad_arguments(name: str, change: dict[str, Any], allowed: str) -> None:
 def test_a_window_that_is_no_number_of_keys(window: Any) -> None:
     with pytest.raises(KernelArgumentError, match="^window: got .*; allowed: an int, 1 or more"):
         sliding_window_attention(**good(), window=window)
+
+
+def test_a_scale_of_the_other_functions() -> None:
+    with pytest.raises(KernelArgumentError, match="^scale: got str; allowed: a number or None$"):
+        sliding_window_attention(**good(), window=2, scale="small")  # type: ignore[call-overload]
+    with pytest.raises(KernelArgumentError, match="^scale: got Tensor; allowed: a number or None$"):
+        dplr_attention(*torch.randn(5, 1, 3, 2, 4), decay=-torch.rand(1, 3, 2, 4), scale=torch.ones(()))  # type: ignore[call-overload]
 
 
 def test_a_missing_tensor_of_the_other_functions() -> None:

@@ -195,15 +195,18 @@ def _is_count_or_auto(value: object) -> bool:
 
 
 def _one_of(*words: str) -> _Rule:
-    return _Rule(" or ".join(f'"{w}"' for w in words), lambda v: isinstance(v, str) and v in words)
+    *most, last = (f'"{w}"' for w in words)
+    return _Rule(f"{', '.join(most)} or {last}", lambda v: isinstance(v, str) and v in words)
 
 
 def _is_outputs(value: object) -> bool:
     return isinstance(value, list | tuple) and all(_is_int(v, 0) or (isinstance(v, str) and v != "") for v in value)
 
 
-def _is_bytes(value: object) -> bool:
-    return _is_int(value, 1) or (isinstance(value, str) and _BYTES_PATTERN.fullmatch(value) is not None)
+def _is_bytes(value: object, least: int = 1) -> bool:
+    if isinstance(value, str):
+        return _BYTES_PATTERN.fullmatch(value) is not None and _in_bytes(value) >= least
+    return _is_int(value, least)
 
 
 _BYTES_PATTERN = re.compile(r"(\d+(\.\d+)?)\s*([KMGT]i?)?B")
@@ -216,7 +219,9 @@ _NUMBER = _Rule("a number above 0", _is_number)
 _NUMBER_OR_NONE = _Rule("None or a number above 0", lambda v: v is None or _is_number(v))
 _WORD = _Rule("a string", lambda v: isinstance(v, str) and v != "")
 _BYTES = _Rule('bytes (an int above 0) or a string such as "20GiB"', _is_bytes)
-_BYTES_OR_AUTO = _Rule('bytes (an int from 0 on) or "auto"', lambda v: _is_int(v, 0) or v == "auto")
+_BYTES_OR_AUTO = _Rule(
+    'bytes (an int from 0 on), a string such as "20GiB", or "auto"', lambda v: v == "auto" or _is_bytes(v, 0)
+)
 
 _SETTINGS: dict[str, dict[str, _Rule]] = {
     "masks": {},
@@ -305,7 +310,8 @@ def _check_budget(value: Any) -> Budget | None:
     _check_mapping("memory_budget", value, _BUDGET)
     if "total" not in value:
         raise OptionError(f"option 'memory_budget' needs 'total': {_BUDGET['total'].allowed}")
-    return Budget(_in_bytes(value["total"]), value.get("outside", 0))
+    outside = value.get("outside", 0)
+    return Budget(_in_bytes(value["total"]), outside if outside == "auto" else _in_bytes(outside))
 
 
 def _in_bytes(value: int | str) -> int:

@@ -205,7 +205,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 def _refusal_line(refusal: Refusal) -> str:
     where = " at ".join(part for part in (refusal.node, refusal.source) if part)
     remedy = f" ({refusal.remedy})" if refusal.remedy else ""
-    return f"{refusal.pass_name}: {where}: {refusal.reason}{remedy}"
+    return ": ".join(part for part in (refusal.pass_name, where, refusal.reason) if part) + remedy
 
 
 def _edit_line(edit: Edit) -> str:

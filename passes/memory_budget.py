@@ -28,8 +28,9 @@ from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
 from mstc.plan.devices import Device, local
 from mstc.plan.memory import simulate
 from mstc.plan.saves import Levels
-from mstc.plan.solve import Solution, least_peak, solve
-from mstc.plan.stages import Levers, Stage, apply_choice, can_run_again, stages_of
+from mstc.plan.solve import Solution, chosen_calls, least_peak, solve
+from mstc.plan.stages import Levers, Stage, can_run_again, stages_of
+from mstc.plan.words import in_words
 from mstc.report import Fidelity, Refusal
 
 MIB = 2**20
@@ -118,17 +119,21 @@ def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) ->
     if found is not None:
         return found
     least = least_peak(stages, resident).peak + outside_of(budget, draft)
-    brings = [f"{words} brings {more / MIB:.0f} MiB of that" for words, more in _brought(draft, levers)]
+    brings = [f"{words} brings {_size(more)} of that" for words, more in _brought(draft, levers)]
     with_offload = replace(levers, offload=True)
     if not levers.offload and levers.recompute:
         less = least_peak(stages_of(draft.step, draft.device, draft.dtype, with_offload), resident).peak
         words = "options={'recompute': {'offload': True}} would do with"
-        brings.append(f"{words} {(less + outside_of(budget, draft)) / MIB:.0f} MiB")
+        brings.append(f"{words} {_size(less + outside_of(budget, draft))}")
     raise PlanError(
-        f"option 'memory_budget' is {budget.total / MIB:.0f} MiB, but the smallest plan needs {least / MIB:.0f} MiB "
-        f"(parameters and inputs {resident / MIB:.0f} MiB{'; ' if brings else ''}{', '.join(brings)}); "
+        f"option 'memory_budget' is {_size(budget.total)}, but the smallest plan needs {_size(least)} "
+        f"(parameters and inputs {_size(resident)}{'; ' if brings else ''}{', '.join(brings)}); "
         f"give at least {-(-least // MIB)} MiB, or a shorter sequence"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
 
 
 def _brought(draft: Draft, levers: Levers) -> Iterator[tuple[str, int]]:
@@ -166,8 +171,7 @@ def outside_of(budget: Budget, draft: Draft) -> int:
 
 def chosen_step(draft: Draft, stages: list[Stage], solution: Solution) -> Step:
     """The calls as the solution runs them."""
-    calls = [c for s, o in zip(stages, solution.options, strict=True) for c in apply_choice(s.calls, o.choice)]
-    return replace(draft.step, calls=calls)
+    return replace(draft.step, calls=chosen_calls(stages, solution))
 
 
 def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget) -> BudgetSite:
@@ -189,22 +193,10 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
     lines = (
         f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {(peak.total + ahead) / MIB:.0f} MiB ({parts}), "
         f"predicted step {solution.seconds:.3f} s on {draft.device.label}",
-        *_choices_in_words(step),
+        *in_words(step.calls),
         *_offloaded_in_words(step),
     )
     return BudgetSite(chosen, lines)
-
-
-def _choices_in_words(step: Step) -> list[str]:
-    counted: dict[str, int] = {}
-    for c in step.calls:
-        if c.kind != "op":
-            words = f"{c.label}: {c.chunks} chunks" if c.program is not None else c.label
-            words += ", runs again in the backward" if c.again else ""
-            words += f", saves {len(c.saved)} value{'s' * (len(c.saved) > 1)} inside" if c.saved else ""
-            words += ", offloaded" if c.offloads else ""
-            counted[words] = counted.get(words, 0) + 1
-    return [f"{n} x {words}" for words, n in counted.items()]
 
 
 def _offloaded_in_words(step: Step) -> list[str]:

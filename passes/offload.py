@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from mstc.graph.editor import Editor
 from mstc.passes.base import Context, Pass
-from mstc.report import Fidelity
+from mstc.report import Fidelity, Refusal
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ class OffloadSite:
     label: str
 
 
-def find(gm: fx.GraphModule, ctx: Context) -> Iterator[OffloadSite]:
+def find(gm: fx.GraphModule, ctx: Context) -> Iterator[OffloadSite | Refusal]:
+    if ctx.options.recompute.offload and ctx.options.memory_budget is None:
+        reason = "without a memory budget everything is kept"
+        yield Refusal("offload", "", "", reason, "give 'memory_budget': it decides what is offloaded")
     loops = ctx.facts.get("loops", {})
     for node in gm.graph.nodes:
         chosen = ctx.chosen.get(ctx.key_of(node.name)) or ctx.chosen.get(node.name)

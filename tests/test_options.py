@@ -99,7 +99,7 @@ def test_not_built_yet(key: str, value: object) -> None:
         ({"unused_outputs": "logits"}, "got 'logits' (str)"),
         ({"unused_outputs": [-1]}, "'unused_outputs' must be"),
         ({"unused_outputs": [True]}, "'unused_outputs' must be"),
-        ({"lower": "cuda"}, '"inductor" or "aot_eager" or "eager"'),
+        ({"lower": "cuda"}, '"inductor", "aot_eager" or "eager"'),
         ({"strict": 1}, "'strict' must be True or False"),
         ({"attention": {"window": 0}}, "'attention.window' must be an int above 0"),
         ({"attention": {"keep_below": "never"}}, "'attention.keep_below' must be"),
@@ -108,6 +108,8 @@ def test_not_built_yet(key: str, value: object) -> None:
         ({"memory_budget": "lots"}, "'memory_budget' must be bytes"),
         ({"memory_budget": {"outside": 4}}, "'memory_budget' needs 'total'"),
         ({"memory_budget": {"totl": 4}}, "did you mean 'total'?"),
+        ({"memory_budget": "0GiB"}, "'memory_budget' must be bytes"),
+        ({"memory_budget": {"total": "1GiB", "outside": "all"}}, "'memory_budget.outside' must be bytes"),
         ({"dump": 3}, "'dump' must be None or a folder"),
     ],
 )

@@ -60,6 +60,11 @@ def test_text_tells_everything_and_is_stable() -> None:
         assert part in text
 
 
+def test_a_refusal_of_no_node() -> None:
+    report = Report(refusals=[Refusal("offload", "", "", "nothing to do", "give a budget")])
+    assert "  offload: nothing to do (give a budget)" in report.to_text()
+
+
 def test_json_round_trip() -> None:
     assert Report.from_json(example().to_json()) == example()
     assert Report.from_json(Report().to_json()) == Report()

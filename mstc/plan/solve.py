@@ -18,7 +18,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from mstc.plan.stages import Option, Stage
+from mstc.plan.calls import Call
+from mstc.plan.stages import Option, Stage, apply_choice
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def frontier(stages: Sequence[Stage], resident: int, most: int = 12) -> list[Sol
         if plan is not None and plan.peak < found[-1].peak:
             found.append(plan)
     return found
+
+
+def chosen_calls(stages: Sequence[Stage], solution: Solution) -> list[Call]:
+    """The calls of all stages as the solution runs them."""
+    return [c for s, o in zip(stages, solution.options, strict=True) for c in apply_choice(s.calls, o.choice)]
 
 
 def _fastest(stages: Sequence[Stage], resident: int, budget: int | None) -> Solution | None:

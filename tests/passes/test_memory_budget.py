@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-import mstc
-from testkit.allocator import measured_peak
-from testkit.hf_models import config_of
+from testkit.allocator import measured_peak, predicted_mib
+from testkit.hf_models import FOR_PEAKS, in_training
 
 MIB = 2**20
-_SIZES = {"hidden_size": 64, "intermediate_size": 224, "vocab_size": 512, "max_position_embeddings": 4096}
 
 
 @pytest.fixture(autouse=True)
@@ -25,52 +23,22 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _model() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_of("llama", **{**_BASE, **_SIZES})).train()
-
-
-_BASE: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "use_cache": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 def _ids(length: int = 1024) -> Tensor:
     return torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _loss_fn(model: Any) -> Any:
-    def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
-    return loss_fn
-
-
-def _compiled(model: Any, budget: object) -> Any:
-    return torch.compile(
-        _loss_fn(model), backend="mstc", options={"lower": "aot_eager", "memory_budget": budget}, dynamic=False
-    )
-
-
-def _predicted() -> float:
-    line = next(line for line in mstc.reports()[-1].plan if "predicted peak" in line)
-    return float(line.split("predicted peak ")[1].split(" MiB")[0])
+def _compiled(loss_fn: Any, budget: object) -> Any:
+    options: dict[str, Any] = {"lower": "aot_eager", "memory_budget": budget}
+    return torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
 
 
 def test_the_measured_peak_is_the_predicted_one_and_the_gradients_are_eagers() -> None:
-    model, ids = _model(), _ids()
-    expected = _loss_fn(model)(ids)
+    model, loss_fn = in_training("llama", **FOR_PEAKS)
+    ids = _ids()
+    expected = loss_fn(ids)
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    fn = _compiled(model, "8MiB")
+    fn = _compiled(loss_fn, "8MiB")
     model.zero_grad()
     loss = fn(ids)
     loss.backward()
@@ -79,9 +47,17 @@ def test_the_measured_peak_is_the_predicted_one_and_the_gradients_are_eagers() -
         assert (p.grad - gradient).norm() <= 2e-5 * max(gradient.norm(), 1e-3)
     peak = measured_peak(lambda: fn(ids).backward(), model) / MIB
     assert peak <= 8
-    assert _predicted() == pytest.approx(peak, rel=0.05, abs=0.5)
+    assert predicted_mib() == pytest.approx(peak, rel=0.05, abs=0.5)
+
+
+def test_small_sizes_are_told_in_small_units() -> None:
+    weight = torch.randn(8, 8, requires_grad=True)
+    fn = torch.compile(lambda x: (x @ weight).sum(), backend="mstc", options={"lower": "eager", "memory_budget": 9})
+    with pytest.raises(BackendCompilerFailed, match=r"is 0.0 KiB, but the smallest plan needs [1-9][\d.]* KiB"):
+        fn(torch.ones(8, 8))
 
 
 def test_an_impossible_budget_says_what_would_do() -> None:
+    _, loss_fn = in_training("llama", **FOR_PEAKS)
     with pytest.raises(BackendCompilerFailed, match=r"smallest plan needs \d+ MiB .*chunks brings"):
-        _compiled(_model(), "1MiB")(_ids())
+        _compiled(loss_fn, "1MiB")(_ids())

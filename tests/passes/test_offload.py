@@ -20,20 +20,9 @@ from mstc.passes import memory_budget
 from mstc.plan.calls import Step
 from mstc.plan.memory import simulate
 from testkit.allocator import measured_peak
-from testkit.hf_models import config_of
+from testkit.hf_models import FOR_PEAKS, in_training
 
 MIB = 2**20
-_SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 224,
-    "vocab_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "use_cache": False,
-    "pad_token_id": 0,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -64,29 +53,27 @@ class _Ran:
         return sum(self.step.sizes[m] for c in self.step.calls for m in c.offloads)
 
 
-def _model(layers: int) -> Any:
-    from transformers import AutoModelForCausalLM
+Training = tuple[Any, Callable[[Tensor], Tensor]]  # a model and its loss
 
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_of("llama", **{**_SIZES, "num_hidden_layers": layers})).train()
+
+def _training(layers: int) -> Training:
+    return in_training("llama", **{**FOR_PEAKS, "num_hidden_layers": layers})
 
 
 def _ids(length: int) -> Tensor:
     return torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _compiled(model: Any, budget: object, lower: str = "aot_eager", offload: bool = True) -> Callable[[Tensor], Tensor]:
+def _compiled(
+    of: Training, budget: object, lower: str = "aot_eager", offload: bool = True
+) -> Callable[[Tensor], Tensor]:
     torch._dynamo.reset()
     options = {"lower": lower, "memory_budget": budget, "recompute": {"offload": offload}}
-
-    def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
-
-    return torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
+    return torch.compile(of[1], backend="mstc", options=options, dynamic=False)
 
 
-def _run(model: Any, ids: Tensor, budget: str, lower: str = "aot_eager") -> _Ran:
-    fn = _compiled(model, budget, lower)
+def _run(of: Training, ids: Tensor, budget: str, lower: str = "aot_eager") -> _Ran:
+    model, fn = of[0], _compiled(of, budget, lower)
     seen: list[Step] = []
     plain = memory_budget.chosen_step
 
@@ -101,34 +88,34 @@ def _run(model: Any, ids: Tensor, budget: str, lower: str = "aot_eager") -> _Ran
     return _Ran(gradients, seen[-1], measured_peak(lambda: fn(ids).backward(), model))
 
 
-def _kept(model: Any, ids: Tensor, budget: str, lower: str = "aot_eager") -> _Ran:
+def _kept(of: Training, ids: Tensor, budget: str, lower: str = "aot_eager") -> _Ran:
     """The same plan, but what it offloads is kept."""
     with mock.patch.object(mstc.lower, "offloads_of", return_value=""):
-        ran = _run(model, ids, budget, lower)
+        ran = _run(of, ids, budget, lower)
     return replace(ran, step=replace(ran.step, calls=[replace(c, offloads=()) for c in ran.step.calls]))
 
 
-def _least(model: Any, ids: Tensor, offload: bool) -> tuple[float, str]:
+def _least(of: Training, ids: Tensor, offload: bool) -> tuple[float, str]:
     """The smallest budget by the message of an impossible one, in MiB."""
     with pytest.raises(BackendCompilerFailed, match="smallest plan needs") as found:
-        _compiled(model, MIB, offload=offload)(ids)
+        _compiled(of, MIB, offload=offload)(ids)
     message = str(found.value)
     return float(message.split("give at least ")[1].split(" MiB")[0]), message
 
 
 def test_gradients_are_bit_equal_and_the_peak_falls_by_what_was_predicted() -> None:
     """And the budget that offloading holds is impossible without; the error names it among the levers."""
-    model, ids = _model(6), _ids(2048)
-    away, kept = _run(model, ids, "9.6MiB"), _kept(model, ids, "9.6MiB")
+    of, ids = _training(6), _ids(2048)
+    away, kept = _run(of, ids, "9.6MiB"), _kept(of, ids, "9.6MiB")
     assert all(torch.equal(a, b) for a, b in zip(away.gradients, kept.gradients, strict=True))
     assert away.offloaded > 3 * MIB and kept.offloaded == 0
     assert away.peak <= 9.6 * MIB
     assert away.predicted == pytest.approx(away.peak, rel=0.05)
     assert kept.predicted - away.predicted == pytest.approx(kept.peak - away.peak, rel=0.05)
     assert any("wait for the backward elsewhere" in line for line in mstc.reports()[-1].plan)
-    without, message = _least(model, ids, offload=False)
+    without, message = _least(of, ids, offload=False)
     assert without > 9.6 and "options={'recompute': {'offload': True}} would do with" in message
-    assert "offloading brings" in _least(model, ids, offload=True)[1]
+    assert "offloading brings" in _least(of, ids, offload=True)[1]
 
 
 @pytest.mark.slow
@@ -136,8 +123,8 @@ def test_gradients_are_bit_equal_and_the_peak_falls_by_what_was_predicted() -> N
 @pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
 def test_more_models_and_budgets(layers: int, length: int, budget: int, lower: str) -> None:
     """Through Inductor the peak itself is predicted too high, by up to a ninth, with and without offloading."""
-    model, ids = _model(layers), _ids(length)
-    away, kept = (run(model, ids, f"{budget}MiB", lower) for run in (_run, _kept))
+    of, ids = _training(layers), _ids(length)
+    away, kept = (run(of, ids, f"{budget}MiB", lower) for run in (_run, _kept))
     sizes = (away.predicted, away.peak, kept.peak, away.offloaded)
     print(f"\n{layers} layers, {length} tokens, {lower}: " + ", ".join(f"{x / MIB:.2f}" for x in sizes))
     assert away.offloaded > MIB and away.peak < kept.peak
@@ -147,8 +134,15 @@ def test_more_models_and_budgets(layers: int, length: int, budget: int, lower: s
 
 
 def test_nothing_is_offloaded_where_memory_allows() -> None:
-    model, ids = _model(1), _ids(1024)
-    assert _run(model, ids, "1GiB").offloaded == 0
+    of, ids = _training(1), _ids(1024)
+    assert _run(of, ids, "1GiB").offloaded == 0
+
+
+def test_without_a_budget_the_report_says_that_nothing_is_offloaded() -> None:
+    options: dict[str, Any] = {"lower": "aot_eager", "recompute": {"offload": True}}
+    torch.compile(torch.sin, backend="mstc", options=options)(torch.ones(3))
+    refusal = next(r for r in mstc.reports()[-1].refusals if r.pass_name == "offload")
+    assert "without a memory budget" in refusal.reason and "'memory_budget'" in refusal.remedy
 
 
 def test_offloading_needs_a_compiled_backward() -> None:

@@ -26,7 +26,7 @@ class LoopError(MstcError, RuntimeError):
 
 
 class DumpError(MstcError, ValueError):
-    """What was asked to be dumped, or to be read as a dump, is none."""
+    """What was asked to be looked into, or to be read as a dump, is none."""
 
 
 class PlanError(MstcError, ValueError):

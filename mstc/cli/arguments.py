@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +14,7 @@ import torch
 from mstc.errors import OptionError
 from mstc.options import parse_options
 
-__all__ = ["counts", "device", "mstc_options", "names"]
+__all__ = ["counts", "device", "file_to_write", "folder_to_write", "mstc_options", "names"]
 
 Callback = Callable[[click.Context, click.Parameter, str], tuple[str, ...]]
 
@@ -58,3 +60,26 @@ def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("this torch finds no CUDA device")
     return value
+
+
+def folder_to_write(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """A folder that can be written to. It is made now, since what goes into it may take long to get."""
+    if value is not None:
+        _make(value)
+    return value
+
+
+def file_to_write(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """A file whose folder can be written to; that is made now."""
+    if value is not None:
+        _make(value.parent)
+    return value
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"the folder '{folder}' cannot be made: {error.strerror}; give another") from error
+    if not os.access(folder, os.W_OK):
+        raise click.BadParameter(f"the folder '{folder}' cannot be written to; give another")

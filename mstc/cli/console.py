@@ -18,9 +18,12 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_progress(console: Console) -> Progress:
-    """What is done now, a bar, how many of how many, and the time; it goes when all is done."""
+    """What is done now, a bar, how many of how many, and the time; it goes when all is done.
+
+    Without a terminal nothing is shown.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def make_table(title: str, *columns: str) -> Table:

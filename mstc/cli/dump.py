@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mstc.cli.arguments import mstc_options
+from mstc.cli.arguments import folder_to_write, mstc_options
 from mstc.cli.console import make_console
 from mstc.cli.dump_summary import print_difference, print_dump
 from mstc.cli.measured_step import measure_steps
-from mstc.cli.target import call_of, said
+from mstc.cli.target import call_of, tracing
 from mstc.dump import files
 from mstc.dump.coding import to_data
 from mstc.dump.diff import Difference, difference
 from mstc.dump.explain import explained
-from mstc.dump.model import Dump, Measured
-from mstc.errors import DumpError, MstcError
+from mstc.dump.model import Measured
+from mstc.errors import DumpError
 from mstc.options import parse_options
 
 __all__ = ["dump"]
@@ -32,7 +31,12 @@ __all__ = ["dump"]
 @click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options of the backend.")
 @click.option("--seq", type=click.IntRange(1), help="Handed to FUNCTION as seq.")
 @click.option("--device", metavar="NAME", help='Default device while FUNCTION runs; "meta" holds nothing.')
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the page, text and JSON.")
+@click.option(
+    "--out",
+    callback=folder_to_write,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the page, text and JSON.",
+)
 @click.option("--measure", is_flag=True, help="Also run a step of eager and of mstc, and measure its memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than a summary.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Compare two dumps instead.")
@@ -59,7 +63,8 @@ def dump(
     if target is None:
         raise click.UsageError("Missing argument 'FILE.py:FUNCTION'.")
     fn, args = call_of(target, seq, device)
-    report, found = _explain(target, fn, args, options, _command(target, options, seq, device, measure))
+    with tracing(target):
+        report, found = explained(fn, args, {}, parse_options(options), _command(target, options, seq, device, measure))
     if measure:
         found = replace(found, measured=_measured(target, seq, device, options))
     if out is not None:
@@ -100,14 +105,3 @@ def _command(target: str, options: dict[str, Any], seq: int | None, device: str 
         words += ["--device", device]
     words += ["--measure"] * measure
     return shlex.join([*words, "--out", "dump"])
-
-
-def _explain(
-    target: str, fn: Callable[..., Any], args: tuple[Any, ...], options: Any, command: str
-) -> tuple[Any, Dump]:
-    try:
-        return explained(fn, args, {}, parse_options(options), command)
-    except MstcError:
-        raise
-    except Exception as e:
-        raise DumpError(f"{target}: the function raised {said(e)}") from e

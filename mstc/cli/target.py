@@ -5,22 +5,26 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mstc.errors import DumpError
+from mstc.compat_errors import quiet_tracing, raised_by_backend, unwrapped
+from mstc.errors import DumpError, MstcError
 
-__all__ = ["Call", "call_of", "said"]
+__all__ = ["Call", "call_of", "said", "tracing"]
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def call_of(target: str, seq: int | None, device: str | None) -> Call:
-    """What FUNCTION returns: the function to explain, and its arguments."""
+    """What FUNCTION returns: the function to look into, and its arguments.
+
+    seq: handed to FUNCTION as ``seq``; device: the default one while it runs. Raises `DumpError` on bad input.
+    """
     path, _, name = target.rpartition(":")
     if not path or not name:
         raise DumpError(f"'{target}' must be FILE.py:FUNCTION, for example train.py:loss")
@@ -48,7 +52,7 @@ def _given(target: str, builder: Callable[..., Any], seq: int | None) -> dict[st
     ]
     takes = any(p.name == "seq" for p in parameters)
     if seq is not None and not takes:
-        raise DumpError(f"--seq was given, but {target} takes no argument 'seq'")
+        raise DumpError(f"{target} takes no argument 'seq', which is to get the number of tokens")
     if missing and missing != ["seq"]:
         raise DumpError(f"{target} needs {', '.join(missing)}; it may take seq alone, and must make the rest itself")
     if missing and seq is None:
@@ -74,7 +78,25 @@ def _load(path: Path) -> Any:
     return module
 
 
-def said(error: Exception) -> str:
+@contextmanager
+def tracing(target: str) -> Iterator[None]:
+    """What the user's function raises while it is traced becomes a `DumpError` of one line.
+
+    Errors of mstc come out as they are, even where Dynamo has wrapped them, and so does a backend that fails otherwise.
+    """
+    try:
+        with quiet_tracing():
+            yield
+    except Exception as e:
+        inner = unwrapped(e)
+        if isinstance(inner, MstcError):
+            raise inner from None
+        if raised_by_backend(e):
+            raise
+        raise DumpError(f"{target}: the function raised {said(inner)}") from e
+
+
+def said(error: BaseException) -> str:
     """The error in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

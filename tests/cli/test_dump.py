@@ -33,6 +33,9 @@ def fails_inside():
         raise KeyError("inner")
     return fn, torch.ones(2)
 
+def narrow():
+    return torch.nn.Linear(3, 4), torch.ones(2, 5)
+
 def wrong():
     return 3
 
@@ -116,6 +119,8 @@ def test_diff(file: Path, tmp_path: Path) -> None:
         ("{file}:raises", ["--seq", "3"], "takes no argument 'seq'"),
         ("{file}:fails_inside", [], "the function raised KeyError: 'inner'"),
         ("{file}:wrong", [], "it returned int"),
+        ("{file}:narrow", [], "the function raised RuntimeError: a and b must have same reduction dim"),
+        ("{file}:build", ["--options", '{"memory_budget": 1}'], "smallest plan needs"),
         ("{file}:build", ["--options", "{"], "not JSON"),
         ("{file}:build", ["--options", '{"mask": true}'], "did you mean 'masks'"),
         ("{file}:build", ["--seq", "0"], "--seq"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from mstc.cli.bench.written import KINDS, WrittenDecoder
 
-__all__ = ["MODELS", "ModelSize", "build_model"]
+__all__ = ["MODELS", "ModelSize", "build_model", "checkpoint_layers"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,9 @@ def build_model(size: ModelSize, layers: int | None = None) -> nn.Module:
     model: Any = LlamaForCausalLM(config)
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def checkpoint_layers(model: Any, **settings: Any) -> None:
+    """Hugging Face's checkpointing of every layer, by the name that this version of transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,8 +14,9 @@ from mstc.cli.plan.optimizers import Optimizer
 from mstc.cli.plan.peers import SYSTEMS, Peer
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
-from mstc.plan.solve import Solution
-from mstc.plan.stages import Levers, Stage, can_run_again
+from mstc.plan.solve import Solution, chosen_calls
+from mstc.plan.stages import Levers, Stage
+from mstc.plan.words import in_words
 
 AWAY = "mstc, offloading"
 OFFLOADING = Levers(offload=True)
@@ -69,11 +71,24 @@ class Answer:
         }
 
 
+def steps_of(target: Target) -> int:
+    """How often `answer` tells what it is about to do."""
+    return 3 + (len(SYSTEMS) if target.config is not None else 0)
+
+
 def answer(
-    target: Target, device: Device, seq: int | None, batch: int, dtype: torch.dtype, optimizer: Optimizer
+    target: Target,
+    device: Device,
+    seq: int | None,
+    batch: int,
+    dtype: torch.dtype,
+    optimizer: Optimizer,
+    tell: Callable[[str], None] = lambda doing: None,
 ) -> Answer:
-    """Plan the target. Raises `PlanError` where not even the shortest sequence fits."""
+    """Plan the target; ``tell`` hears what comes next. Raises `PlanError` where not even the shortest sequence fits."""
+    tell(f"capturing {target.name}")
     planned = plan_for(target, batch, dtype, optimizer, device)
+    tell("mstc's longest sequence")
     budget = device.usable()
     longest = planned.longest(budget)
     if not longest:
@@ -87,20 +102,25 @@ def answer(
     solution = planned.fastest(tokens, budget)
     found = Answer(target.name, device, batch, tokens, planned)
     if target.config is not None:
-        found.rows += [_peer(name, target, device, seq, batch, dtype, optimizer) for name in SYSTEMS]
+        for name, about in SYSTEMS.items():
+            tell(about)
+            found.rows.append(_peer(name, target, device, seq, batch, dtype, optimizer))
     if solution is None:
         found.rows.append(Row("mstc", longest, tokens, None, None))
     else:
         found.rows.append(Row("mstc", longest, tokens, solution.peak, solution.seconds))
         stages = planned.stages(tokens)
         found.held = _categories(planned, stages, solution)
-        found.plan = in_words(stages, solution)
+        found.plan = in_words(chosen_calls(stages, solution))
     _offloading(found, farthest, seq or farthest, budget)
+    tell("other budgets")
+    alike = planned.stages(tokens)
     found.what_if = [
-        {"peak": s.peak, "seconds": s.seconds, "plan": "; ".join(in_words(planned.stages(tokens), s))}
+        {"peak": s.peak, "seconds": s.seconds, "plan": in_words(chosen_calls(alike, s))}
         for s in planned.frontier(tokens)
     ]
-    found.assumptions = _assumptions(device, dtype, batch, optimizer)
+    kinds = "as FUNCTION makes them" if target.of_user else f"in {str(dtype).removeprefix('torch.')}, batch {batch}"
+    found.assumptions = _assumptions(device, kinds, optimizer)
     return found
 
 
@@ -111,7 +131,7 @@ def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
         found.rows.append(Row(AWAY, longest, tokens, None, None))
         return
     found.rows.append(Row(AWAY, longest, tokens, solution.peak, solution.seconds))
-    found.plan_offloading = in_words(found.planned.stages(tokens, OFFLOADING), solution)
+    found.plan_offloading = in_words(chosen_calls(found.planned.stages(tokens, OFFLOADING), solution))
     found.host = sum(o.offloaded for o in solution.options)
 
 
@@ -152,23 +172,6 @@ def _longest(peer: Peer, batch: int, budget: int) -> int:
     return max(n for n in at if at[n] <= budget)
 
 
-def in_words(stages: list[Stage], solution: Solution) -> list[str]:
-    """How many stages run which way."""
-    counted: dict[str, int] = {}
-    for stage, option in zip(stages, solution.options, strict=True):
-        again = iter(option.choice.again)
-        repeated = [c.label for c in stage.calls if can_run_again(c) and next(again)]
-        words = f"chunks {'/'.join(map(str, option.choice.counts))}"
-        words += f", again: {' + '.join(dict.fromkeys(repeated))}" if repeated else ""
-        loops = [c for c in stage.calls if c.program is not None]
-        inside = dict.fromkeys(c.label for c, level in zip(loops, option.choice.saves, strict=True) if level)
-        words += f", values saved inside: {' + '.join(inside)}" if inside else ""
-        away = dict.fromkeys(stage.calls[i].label for i, _ in option.choice.offload)
-        words += f", offloaded: {' + '.join(away)}" if away else ""
-        counted[words] = counted.get(words, 0) + 1
-    return [f"{n} x ({words})" for words, n in counted.items()]
-
-
 def _categories(planned: Planned, stages: list[Stage], solution: Solution) -> dict[str, int]:
     """The peak of the plan by category."""
     gradients = sum(s.gradients for s in stages)
@@ -185,9 +188,9 @@ def _categories(planned: Planned, stages: list[Stage], solution: Solution) -> di
     return {"parameters": planned.parameters, "optimizer state": planned.state, **held}
 
 
-def _assumptions(device: Device, dtype: torch.dtype, batch: int, optimizer: Optimizer) -> list[str]:
+def _assumptions(device: Device, kinds: str, optimizer: Optimizer) -> list[str]:
     return [
-        f"parameters, gradients and activations in {str(dtype).removeprefix('torch.')}, batch {batch}",
+        f"parameters, gradients and activations {kinds}",
         f"optimizer: {optimizer.about}",
         f"memory: {device.usable() / 2**30:.2f} GiB = {device.memory / 2**30:.2f} GiB less "
         f"{device.context / 2**20:.0f} MiB for the driver; no fragmentation",

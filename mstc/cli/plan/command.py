@@ -9,9 +9,10 @@ from typing import Any
 import click
 import torch
 
-from mstc.cli.console import make_console, make_table
-from mstc.cli.plan.answer import Answer, answer
-from mstc.cli.plan.models import target_of
+from mstc.cli.arguments import file_to_write
+from mstc.cli.console import make_console, make_progress, make_table
+from mstc.cli.plan.answer import Answer, answer, steps_of
+from mstc.cli.plan.models import SHIPPED, target_of
 from mstc.cli.plan.optimizers import OPTIMIZERS
 from mstc.cli.plan.sweep import sweep_chunks
 from mstc.plan.devices import device as device_of
@@ -24,14 +25,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @click.command()
-@click.option("--model", required=True, metavar="NAME", help="A shipped model, FILE.py:FUNCTION, or a config.json.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    help=f"{', '.join(SHIPPED)}, FILE.py:FUNCTION, or the path of a Hugging Face config.json.",
+)
 @click.option("--device", "device_name", required=True, metavar="NAME", help=f"{', '.join(names())}.")
 @click.option("--seq", type=click.IntRange(1), help="Tokens per sequence; without it each system's own longest.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw-bf16", show_default=True)
 @click.option("--sweep", type=click.Choice(["chunks"]), help="Time and peak against the number of mini-sequences.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG of budget against time.")
+@click.option(
+    "--plot",
+    callback=file_to_write,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG of time against memory budget.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
@@ -44,9 +55,21 @@ def plan(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Tell what a training step will need and take, side by side with other ways to run it."""
+    """Tell what a training step will need and take, side by side with other ways to run it.
+
+    FUNCTION is as for mstc dump: it takes seq, and returns the loss function and its arguments. It runs with
+    meta as the default device, so nothing is held; --batch and --dtype are its own matter.
+    """
+    if ".py:" in model and (batch != 1 or dtype != "bfloat16"):
+        raise click.UsageError("--batch and --dtype are of configurations; FILE.py:FUNCTION sets both itself")
     target, device = target_of(model), device_of(device_name)
-    found = answer(target, device, seq, batch, DTYPES[dtype], OPTIMIZERS[optimizer])
+    with make_progress(make_console(stderr=True)) as progress:
+        task = progress.add_task("", total=steps_of(target), completed=-1)
+
+        def tell(doing: str) -> None:
+            progress.update(task, description=doing, advance=1)
+
+        found = answer(target, device, seq, batch, DTYPES[dtype], OPTIMIZERS[optimizer], tell)
     swept = sweep_chunks(found.planned, found.tokens) if sweep else []
     if plot is not None:
         _plot(found, plot)
@@ -59,7 +82,7 @@ def plan(
 def _print(found: Answer, swept: list[dict[str, Any]]) -> None:
     console = make_console()
     table = make_table(
-        f"{found.model} on {found.device.label}", "system", "longest", "at", "peak GiB", "step s", "tokens/s"
+        f"{found.model} on {found.device.label}", "system", "longest", "at tokens", "peak GiB", "step s", "tokens/s"
     )
     for row in found.rows:
         peak = "does not fit" if row.peak is None else f"{row.peak / GIB:.1f}"
@@ -72,11 +95,14 @@ def _print(found: Answer, swept: list[dict[str, Any]]) -> None:
         held.add_row(name, f"{size / GIB:.2f}")
     console.print(held)
     if found.plan_offloading:
-        words = "; ".join(found.plan_offloading)
-        console.print(f"mstc, offloading: {found.host / GIB:.1f} GiB in host memory; {words}")
-    what_if = make_table(f"what if: {found.tokens} tokens under a smaller budget", "peak GiB", "step s", "plan")
+        console.print(f"mstc, offloading: {found.host / GIB:.1f} GiB in host memory")
+        for words in found.plan_offloading:
+            console.print(f"    {words}")
+    what_if = make_table(f"what if: {found.tokens} tokens under other memory budgets", "peak GiB", "step s", "plan")
+    what_if.columns[-1].justify = "left"
+    what_if.show_lines = True
     for line in found.what_if:
-        what_if.add_row(f"{line['peak'] / GIB:.1f}", f"{line['seconds']:.1f}", str(line["plan"]))
+        what_if.add_row(f"{line['peak'] / GIB:.1f}", f"{line['seconds']:.1f}", "\n".join(line["plan"]))
     console.print(what_if)
     if swept:
         table = make_table("mini-sequences (predicted)", "tokens per chunk", "peak GiB", "step s")

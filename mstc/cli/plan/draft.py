@@ -10,6 +10,7 @@ import torch
 
 from mstc.cli.plan.models import Target, build, loss_of
 from mstc.cli.plan.optimizers import Optimizer
+from mstc.cli.target import tracing
 from mstc.errors import PlanError
 from mstc.graph.normal_form import NotNormalError, normalize
 from mstc.options import parse_options
@@ -88,9 +89,10 @@ def plan_for(
     """Capture the target and draft its step."""
     if target.config is None:
         function, inputs = target.made(tokens, batch, dtype)
-        draft = capture(function, inputs, device)
+        with tracing(target.name):
+            draft = capture(function, inputs, device)
         parameters = sum(draft.step.sizes[m] for m in draft.step.parameters)
-        count = parameters // dtype.itemsize
+        count = parameters // (getattr(torch, draft.dtype) if target.of_user else dtype).itemsize
         layers = 0
     else:
         whole = build(target.config, target.layers, dtype)
@@ -108,17 +110,20 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device,
     found: list[Draft] = []
 
     def backend(gm: torch.fx.GraphModule, example: Sequence[Any]) -> Any:
-        form = normalize(gm, example)
+        try:
+            form = normalize(gm, example)
+        except NotNormalError as error:
+            raise PlanError(f"the step cannot be planned: {error}") from error
         ctx = Context(parse_options({"lower": lower}), form.training)
         prepare(form.gm, ctx, Report())
         found.append(draft_of(form.gm, ctx, device))
         return gm.forward
 
     torch.compiler.reset()
-    try:
-        torch.compile(function, backend=backend, dynamic=False)(*inputs)
-    except NotNormalError as error:
-        raise PlanError(f"the step cannot be planned: {error}") from error
+    torch.compile(function, backend=backend, dynamic=False)(*inputs)
     if len(found) != 1:
-        raise PlanError(f"the step was captured in {len(found)} graphs; plan a function without graph breaks")
+        raise PlanError(
+            f"the step was captured in {len(found)} graphs; plan a function that is one graph (`mstc dump` shows "
+            "where graphs end, and why)"
+        )
     return found[0]

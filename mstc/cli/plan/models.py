@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,29 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mstc.cli.target import call_of
 from mstc.errors import PlanError
 
 SHIPPED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 
+_OLDER = ("rope_theta", "rope_scaling", "torch_dtype")  # keys that transformers converts to newer ones
+_NEARLY = 0.85  # of difflib's ratio: "hiden_size" and "hidden_size" have 0.95, "torch_dtype" and "dtype" 0.63
+
 
 @dataclass(frozen=True)
 class Target:
-    """What to plan, by ``name``: a configuration (``config``), a function of the tokens (``function``), or a shipped
-    model that transformers does not have (``step``, a function of tokens, batch and dtype)."""
+    """What to plan, by ``name``: a configuration (``config``), a shipped model that transformers does not have
+    (``step``, a function of tokens, batch and dtype), or else FILE.py:FUNCTION."""
 
     name: str
     config: Any = None
-    function: Callable[..., Any] | None = None
     step: Callable[..., Any] | None = None
+
+    @property
+    def of_user(self) -> bool:
+        """FILE.py:FUNCTION, which sets batch and dtype itself."""
+        return self.config is None and self.step is None
 
     def made(self, tokens: int, batch: int, dtype: torch.dtype) -> tuple[Callable[..., Any], Sequence[Any]]:
         """The loss function and its inputs, where there is no configuration."""
         if self.step is not None:
             found: tuple[Callable[..., Any], Sequence[Any]] = self.step(tokens, batch, dtype)
             return found
-        assert self.function is not None
-        function, inputs = self.function(tokens)
-        return function, inputs
+        return call_of(self.name, tokens, "meta")
 
     @property
     def layers(self) -> int:
@@ -51,7 +57,7 @@ def target_of(name: str) -> Target:
             return Target(name, step=_linear_moe(settings))
         return Target(name, _config(settings, name))
     if ".py:" in name:
-        return Target(name, function=_function(*name.rsplit(":", 1)))
+        return Target(name)
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"
@@ -62,8 +68,11 @@ def target_of(name: str) -> Target:
         )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:  # JSONDecodeError, and bytes that are no text
+        more = f"; a function is given as {name}:FUNCTION" if path.suffix == ".py" else ""
+        raise PlanError(f"{path} is not JSON: {error}{more}") from error
+    if not isinstance(settings, dict):
+        raise PlanError(f"{path} must hold a model's configuration, a JSON object; it is a {type(settings).__name__}")
     return Target(name, _config(settings, str(path)))
 
 
@@ -94,28 +103,24 @@ def _config(settings: dict[str, Any], name: str) -> Any:
     if kind not in CONFIG_MAPPING:
         raise PlanError(f"{name}: model_type {kind!r} is none that transformers knows")
     made = CONFIG_MAPPING[kind]
-    known = {*inspect.signature(made.__init__).parameters, *made().to_dict(), "architectures", "_name_or_path"}
-    unknown = sorted(set(settings) - known)
+    unknown = _misspelt(settings, {*inspect.signature(made.__init__).parameters, *made().to_dict()})
     if unknown:
         raise PlanError(f"{name}: unknown keys {', '.join(unknown)} for a {kind} configuration; remove or correct them")
     return made(**{**settings, "max_position_embeddings": 1 << 24})
+
+
+def _misspelt(settings: Mapping[str, Any], known: set[str]) -> list[str]:
+    """Unknown keys that may be sizes: their value is a whole number, or their name is nearly a known one.
+
+    Published configurations hold other keys besides, which transformers converts or ignores.
+    """
+    odd = {k: v for k, v in settings.items() if k not in known and k not in _OLDER}
+    return sorted(
+        k for k, v in odd.items() if type(v) is int or difflib.get_close_matches(k, known, n=1, cutoff=_NEARLY)
+    )
 
 
 def _linear_moe(settings: Mapping[str, Any]) -> Callable[..., Any]:
     from mstc.cli.plan.linear_moe import Sizes, step
 
     return partial(step, Sizes(**{k: v for k, v in settings.items() if k != "model_type"}))
-
-
-def _function(file: str, name: str) -> Callable[..., Any]:
-    """The function of that name: called with the number of tokens, it returns (function, its inputs)."""
-    if not Path(file).exists():
-        raise PlanError(f"{file} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise PlanError(f"{file} has no function '{name}'")
-    return function  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mstc.cli.bench.models import checkpoint_layers
 from mstc.cli.plan.models import build
 from mstc.cli.plan.optimizers import Optimizer
 from mstc.cli.plan.tracker import Tracker, flash
@@ -51,7 +52,7 @@ class Peer:
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._loss: Callable[[Tensor], Any] = self._plain_loss
         if system != "plain":
-            self._model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+            checkpoint_layers(self._model, use_reentrant=True, preserve_rng_state=False)
         if system == "mini-sequence":
             for module in list(self._model.modules()):
                 if hasattr(module, "mlp"):

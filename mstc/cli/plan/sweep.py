@@ -1,4 +1,4 @@
-"""Time and peak against the number of mini-sequences, everything else as the fastest plan has it."""
+"""Time and peak against the number of mini-sequences, with nothing else chosen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mstc.plan.stages import Levers
 
 
 def sweep_chunks(planned: Planned, tokens: int) -> list[dict[str, Any]]:
-    """One row per number of chunks of the longest loop; q/k/v run again, attention is kept."""
+    """One row per number of chunks of the longest loop; nothing runs again, and nothing inside loops is saved."""
     stages = planned.stages(tokens, Levers(pruned=False))
     levels = max(len({o.choice.counts for o in s.options}) for s in stages)
     rows = []

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from mstc.cli.main import main
+from mstc.cli.plan.models import target_of
+from mstc.errors import PlanError
 
 _TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -55,7 +57,7 @@ def test_the_systems_stand_side_by_side(config: Path, capsys: pytest.CaptureFixt
         ("llama9", "a100-80g", "unknown model 'llama9'"),
         ("llama3-8b", "a1000", "unknown device 'a1000'"),
         ("llama3-8b", "this", "run `mstc calibrate` first"),
-        ("nowhere.py:step", "a100-80g", "nowhere.py does not exist"),
+        ("nowhere.py:step", "a100-80g", "no file nowhere.py"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -72,11 +74,83 @@ def test_bad_input_is_one_clear_line(
     assert says in error and error.count("\n") == 1
 
 
+_FILE = """
+import torch
+from torch import nn
+
+def build(seq):
+    model = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64))
+    return lambda x: model(x).square().mean(), torch.zeros(1, seq, 64)
+
+def narrow(seq):
+    model = nn.Linear(3, 4)
+    return lambda x: model(x).sum(), torch.zeros(seq, 5)
+
+def broken(seq):
+    def fn(x):
+        y = x.sum()
+        torch._dynamo.graph_break()
+        return y * 2
+    return fn, torch.zeros(seq, 5, requires_grad=True)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "steps.py"
+    path.write_text(_FILE, encoding="utf-8")
+    return path
+
+
+def test_a_function_is_planned(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same function that `mstc dump` takes; its parameters and their dtype are its own."""
+    assert _run("plan", "--model", f"{file}:build", "--device", "a100-80g", "--seq", "8192", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_by_category"]["parameters"] == 4 * (2 * 64 * 128 + 128 + 64)
+    assert found["peak_by_category"]["optimizer state"] == 4 * (2 * 64 * 128 + 128 + 64)
+    assert "as FUNCTION makes them" in found["assumptions"][0]
+
+
+@pytest.mark.parametrize(
+    ("function", "more", "says"),
+    [
+        ("absent", [], "has no function 'absent'"),
+        ("narrow", [], "narrow: the function raised RuntimeError: a and b must have same reduction dim"),
+        ("broken", [], "captured in 2 graphs; plan a function that is one graph"),
+        ("build", ["--dtype", "float32"], "--batch and --dtype are of configurations"),
+    ],
+)
+def test_a_function_that_cannot_be_planned(
+    function: str, more: list[str], says: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("plan", "--model", f"{file}:{function}", "--device", "a100-80g", *more) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 def test_unknown_keys_of_a_configuration_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**_TINY, "hiden_size": 3}), encoding="utf-8")
     assert _run("plan", "--model", str(path), "--device", "a100-80g") == 2
     assert "unknown keys hiden_size for a llama configuration" in capsys.readouterr().err
+
+
+def test_a_published_configuration_is_understood(tmp_path: Path) -> None:
+    """Older keys and those that say nothing of the model's sizes are no mistakes."""
+    older = {"rope_theta": 500000, "rope_scaling": None, "torch_dtype": "bfloat16", "auto_map": {}, "made_by": "me"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**_TINY, **older}), encoding="utf-8")
+    assert target_of(str(path)).config.rope_parameters["rope_theta"] == 500000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [("config.json", "[]", "must hold a model's configuration"), ("step.py", "def f(seq): ...", "step.py:FUNCTION")],
+)
+def test_files_that_are_no_configuration(name: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError, match=says):
+        target_of(str(tmp_path / name))
 
 
 def test_calibration_is_stored_and_read(

@@ -22,6 +22,7 @@ _COMMANDS = {
     "plan": ("mstc.cli.plan.command", "Tell what a step will need and take on a device."),
     "doctor": ("mstc.cli.doctor", "Check the installation."),
 }
+_OF_DEMO = ("matplotlib", "transformers")  # the packages of the extra "demo"
 
 
 class LazyGroup(click.Group):
@@ -52,6 +53,11 @@ class LazyGroup(click.Group):
             status = error.exit_code
         except MstcError as error:
             click.echo(f"mstc: {error}", err=True)
+            status = 2
+        except ModuleNotFoundError as error:
+            if error.name not in _OF_DEMO:
+                raise
+            click.echo(f"mstc: this needs the package {error.name}: pip install 'mstc[demo]'", err=True)
             status = 2
         except click.Abort:
             click.echo("mstc: interrupted", err=True)

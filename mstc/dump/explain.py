@@ -31,9 +31,11 @@ def explain(fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | Non
 
     Nothing is compiled and no graph runs, so that the tensors may be fake or on the meta device. Where the
     function has graph breaks, the report tells of all its graphs, and the code between them runs on zeros.
-    ``report.save(folder)`` writes text, JSON and one HTML page. Raises `OptionError` on a bad option, and
-    whatever ``fn`` raises.
+    ``report.save(folder)`` writes text, JSON and one HTML page. Raises `OptionError` on a bad option,
+    TypeError where ``fn`` is no function, and whatever ``fn`` raises.
     """
+    if not callable(fn):
+        raise TypeError(f"mstc.explain needs a function or module and its arguments, got {type(fn).__name__}")
     report, dump = explained(fn, args, kwargs, parse_options(options), command_line())
     report.drawing = Drawn(dump)
     return report

@@ -20,6 +20,7 @@ from mstc.dump.files import Drawn
 from mstc.dump.model import Block, Dump, GraphDump
 from mstc.dump.recorder import Recording, left_as_it_came
 from mstc.dump.text import blocks_text, graph_text, stage_diff
+from mstc.errors import OptionError
 from mstc.options import Options
 from mstc.report import Report
 
@@ -70,7 +71,16 @@ class Observer:
 
 
 def observe(options: Options, report: Report) -> Observer:
-    """An observer of one compilation; it records graphs only where somebody reads them."""
+    """An observer of one compilation; it records graphs only where somebody reads them.
+
+    Raises `OptionError` where the folder to dump into cannot be made.
+    """
+    if options.dump is not None:
+        try:
+            Path(options.dump).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            words = f"option 'dump' is {options.dump!r}, a folder that cannot be made: {e.strerror}; give another"
+            raise OptionError(words) from e
     wanted = options.dump is not None or log.isEnabledFor(logging.DEBUG) or compat.tracing_to_file()
     return Observer(options, report, wanted)
 

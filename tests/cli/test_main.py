@@ -66,3 +66,16 @@ def test_bad_input_is_one_line_and_status_2(args: list[str], says: str) -> None:
     assert says in result.stderr
     assert result.stderr.startswith("mstc") and result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "transformers"])
+def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in [m for m in sys.modules if m.startswith("mstc.cli.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    command = (
+        ["demo", "--steps", "2"] if package == "matplotlib" else ["plan", "--model", "llama3-8b", "--device", "h200"]
+    )
+    result = run(*command)
+    assert result.exit_code == 2
+    assert result.stderr == f"mstc: this needs the package {package}: pip install 'mstc[demo]'\n"

@@ -100,6 +100,11 @@ def test_a_graph_that_is_left_as_it_came() -> None:
     assert graph.before.peak == 0
 
 
+def test_what_is_no_function_is_named() -> None:
+    with pytest.raises(TypeError, match=r"mstc.explain needs a function or module and its arguments, got int"):
+        mstc.explain(3)  # type: ignore[arg-type]
+
+
 def test_errors_come_through() -> None:
     def raises(x: Tensor) -> Tensor:
         raise ValueError("no such thing")

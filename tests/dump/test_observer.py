@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 import mstc
 from mstc.dump import files
@@ -64,6 +65,13 @@ def test_a_hit_of_the_compile_caches_writes_too(tmp_path: Path) -> None:
     assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == 1
     cold, warm = (files.read(tmp_path / name).graphs[0] for name in ("cold", "warm"))
     assert [s.nodes for s in cold.stages] == [s.nodes for s in warm.stages]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    folder = tmp_path / "file" / "dump"
+    with pytest.raises(BackendCompilerFailed, match="option 'dump' is .*, a folder that cannot be made.*give another"):
+        torch.compile(torch.sin, backend="mstc", options={"dump": folder, "lower": "eager"})(torch.ones(3))
 
 
 def test_any_report_can_be_saved(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mstc.cli.arguments import counts, device, mstc_options, names
+from mstc.cli.arguments import counts, device, file_to_write, mstc_options, names
 from mstc.cli.bench.driver import WorkerError, run_job
 from mstc.cli.bench.job import Job, Result
 from mstc.cli.bench.models import MODELS
-from mstc.cli.bench.summary import as_data, ratios_of, summarize
+from mstc.cli.bench.plot import save_plot
+from mstc.cli.bench.summary import Row, as_data, ratios_of, summarize
 from mstc.cli.bench.systems import DEFAULT, SYSTEMS
 from mstc.cli.bench.table import ratio_table, row_table
 from mstc.cli.console import make_console, make_progress
@@ -32,7 +34,14 @@ class Runs:
 
 
 @click.command()
-@click.option("--systems", callback=names(SYSTEMS), metavar="NAME,...", default=",".join(DEFAULT), show_default=True)
+@click.option(
+    "--systems",
+    callback=names(SYSTEMS),
+    metavar="NAME,...",
+    default=",".join(DEFAULT),
+    show_default=True,
+    help=f"Beside these there are {', '.join(s for s in SYSTEMS if s not in DEFAULT)}.",
+)
 @click.option(
     "--seq", callback=counts, metavar="INT,...", default="8192", show_default=True, help="Tokens per sequence."
 )
@@ -48,14 +57,25 @@ class Runs:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all usable cores unless given.")
 @click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options for mstc.")
 @click.option("--cold", is_flag=True, help="Compile without any cache.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON rather than tables.")
+@click.option(
+    "--out", callback=file_to_write, type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write."
+)
+@click.option(
+    "--plot",
+    callback=file_to_write,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG of step times and peaks, over the lengths where there are several.",
+)
 def bench(
     systems: tuple[str, ...],
     seq: tuple[int, ...],
     rounds: int,
     options: dict[str, Any],
     cold: bool,
+    as_json: bool,
     out: Path | None,
+    plot: Path | None,
     threads: int | None,
     **work: Any,
 ) -> None:
@@ -68,11 +88,16 @@ def bench(
     jobs = [Job(system=s, seq=n, options=options if s == "mstc" else {}, **work) for n in seq for s in systems]
     console = make_console()
     runs = _run_rounds(jobs, rounds, cold, make_console(stderr=True))
-    report = _report(runs, jobs, rounds, cold)
+    rows = [summarize(results) for results in runs.results.values()]
+    report = json.dumps(_report(runs, rows, jobs, rounds, cold), indent=2)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _print(runs, console)
+        out.write_text(report + "\n", encoding="utf-8")
+    if plot is not None and rows:
+        save_plot(rows, plot)
+    if as_json:
+        click.echo(report)
+    else:
+        _print(rows, runs.failures, console)
     if runs.failures:
         raise click.exceptions.Exit(1)
 
@@ -95,8 +120,7 @@ def _run_rounds(jobs: list[Job], rounds: int, cold: bool, console: Console) -> R
     return runs
 
 
-def _report(runs: Runs, jobs: list[Job], rounds: int, cold: bool) -> dict[str, object]:
-    rows = [summarize(results) for results in runs.results.values()]
+def _report(runs: Runs, rows: list[Row], jobs: list[Job], rounds: int, cold: bool) -> dict[str, object]:
     return {
         "versions": describe_versions(),
         "machine": describe_machine(),
@@ -116,12 +140,11 @@ def _report(runs: Runs, jobs: list[Job], rounds: int, cold: bool) -> dict[str, o
     }
 
 
-def _print(runs: Runs, console: Console) -> None:
-    rows = [summarize(results) for results in runs.results.values()]
+def _print(rows: list[Row], failures: Mapping[tuple[int, str], str], console: Console) -> None:
     if rows:
         console.print(row_table("one training step (medians)", rows))
     ratios = ratios_of("mstc", rows)
     if ratios:
         console.print(ratio_table("mstc", ratios))
-    for reason in runs.failures.values():
+    for reason in failures.values():
         console.print(f"failed: {reason}", markup=False)

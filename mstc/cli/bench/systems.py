@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from mstc.cli.bench.models import checkpoint_layers
 from mstc.compat import set_activation_memory_budget
 
 __all__ = ["DEFAULT", "INDUCTOR_VARIANTS", "SYSTEMS", "LossFn", "System"]
@@ -49,14 +50,14 @@ def _eager(model: Any, options: dict[str, Any]) -> LossFn:
 
 
 def _checkpointing(model: Any, options: dict[str, Any]) -> LossFn:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, use_reentrant=False)
     return _model_loss(model)
 
 
 def _selective(model: Any, options: dict[str, Any]) -> LossFn:
     """Every layer runs again but for its attention, which costs most."""
     contexts = partial(create_selective_checkpoint_contexts, list(_ATTENTION))
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    checkpoint_layers(model, use_reentrant=False, context_fn=contexts)
     return _model_loss(model)
 
 

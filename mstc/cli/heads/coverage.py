@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from mstc.cli.arguments import names
+from mstc.cli.arguments import file_to_write, names
 from mstc.cli.environment import describe_versions
 from mstc.cli.heads.programs import PROGRAMS
 from mstc.cli.heads.systems import SYSTEMS
@@ -33,7 +33,11 @@ Records = dict[str, dict[str, dict[str, str]]]
 @click.option("--systems", callback=names(COMPARED), metavar="NAME,...", default=",".join(COMPARED), show_default=True)
 @click.option("--programs", callback=names(PROGRAMS), metavar="NAME,...", default=",".join(PROGRAMS))
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON file; kept and added to."
+    "--out",
+    callback=file_to_write,
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="JSON file; kept and added to.",
 )
 @click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="Page whose table is replaced.")
 def coverage(systems: tuple[str, ...], programs: tuple[str, ...], out: Path, page: Path | None) -> None:

@@ -79,3 +79,22 @@ def test_bench_goes_on_after_a_failure_and_ends_with_status_1(monkeypatch: pytes
     data = json.loads(out.read_text(encoding="utf-8"))
     assert [row["system"] for row in data["rows"]] == ["eager"]
     assert data["failures"][0]["system"] == "ckpt"
+
+
+@pytest.mark.parametrize("seq", ["64", "64,128"])
+def test_bench_as_json_and_as_a_plot(seq: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "run_job", fake_run_job)
+    picture = tmp_path / "new" / "bench.png"
+    args = ["bench", "--systems", "eager,mstc", "--seq", seq, "--json", "--plot", str(picture)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads(result.stdout)["rows"]) == 2 * len(seq.split(","))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_where_nothing_can_be_written_nothing_is_run(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = CliRunner().invoke(main, ["bench", option, str(tmp_path / "file" / "bench.json")])
+    assert result.exit_code == 2
+    assert option in result.stderr and "cannot be made" in result.stderr and result.stderr.count("\n") == 1

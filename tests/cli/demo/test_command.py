@@ -31,3 +31,9 @@ def test_demo_as_json(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["rows"][0]["system"] == "eager" and data["versions"]["torch"]
+
+
+def test_where_nothing_can_be_written_nothing_is_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "file" / "demo")])
+    assert result.exit_code == 2 and "cannot be made" in result.stderr and result.stderr.count("\n") == 1

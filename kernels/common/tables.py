@@ -31,6 +31,11 @@ class ChunkTable(NamedTuple):
         return self.first.shape[0] - 1
 
     @property
+    def span(self) -> tuple[Tensor, Tensor]:
+        """First tokens, and those behind the last ones: what every kernel over chunks is given."""
+        return self.starts, self.stops
+
+    @property
     def chunks(self) -> int:
         return self.starts.shape[0]
 

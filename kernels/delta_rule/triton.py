@@ -16,6 +16,8 @@ its ``output_kernel`` and ``gradients_kernel`` run here too. What is left, per c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -328,6 +330,11 @@ class _Pass:
         self.heads = q.shape[2]
         self.tiles, self.scan_tiles = pick_tiles(q, v), scan_tiles(q, v)
 
+    def given(self, kernel: str, tiles: dict[str, Any], **constants: bool) -> dict[str, Any]:
+        """The constants of a kernel of this file."""
+        shared = {"HAS_G": self.decay is not None, "num_warps": WARPS[kernel], "num_stages": STAGES}
+        return {"H": self.heads, **tiles, **shared, **constants}
+
     def solve(self) -> None:
         """X, W and Y."""
         lower = self.q.new_empty((self.table.chunks, self.heads, CHUNK, CHUNK), dtype=torch.float32)
@@ -338,15 +345,8 @@ class _Pass:
             self.gate,
             lower,
             weight,
-            self.table.starts,
-            self.table.stops,
-            H=self.heads,
-            K=self.tiles["K"],
-            BT=CHUNK,
-            BK=self.tiles["BK"],
-            HAS_G=self.decay is not None,
-            num_warps=WARPS["lower"],
-            num_stages=STAGES,
+            *self.table.span,
+            **self.given("lower", {"K": self.tiles["K"], "BT": CHUNK, "BK": self.tiles["BK"]}),
         )
         self.inverse = invert(lower, self.q)
         self.w = apply_square(self.inverse, self.k, self.table, weight)
@@ -365,15 +365,9 @@ class _Pass:
             states,
             u,
             last,
-            self.table.starts,
-            self.table.stops,
+            *self.table.span,
             self.table.first,
-            H=self.heads,
-            **self.scan_tiles,
-            HAS_G=self.decay is not None,
-            HAS_STATE=initial_state is not None,
-            num_warps=WARPS["states"],
-            num_stages=STAGES,
+            **self.given("states", self.scan_tiles, HAS_STATE=initial_state is not None),
         )
         return states, u, last
 
@@ -387,14 +381,9 @@ class _Pass:
             self.gate,
             do,
             local,
-            self.table.starts,
-            self.table.stops,
+            *self.table.span,
             scale,
-            H=self.heads,
-            **self.tiles,
-            HAS_G=self.decay is not None,
-            num_warps=WARPS["local"],
-            num_stages=STAGES,
+            **self.given("local", self.tiles),
         )
         grad_states, grad_initial = self.empty_states()
         adjoints_kernel[self.scan_grid()](
@@ -407,16 +396,10 @@ class _Pass:
             self.q if grad_final is None else grad_final.contiguous(),
             grad_states,
             grad_initial,
-            self.table.starts,
-            self.table.stops,
+            *self.table.span,
             self.table.first,
             scale,
-            H=self.heads,
-            **self.scan_tiles,
-            HAS_G=self.decay is not None,
-            HAS_STATE=grad_final is not None,
-            num_warps=WARPS["adjoints"],
-            num_stages=STAGES,
+            **self.given("adjoints", self.scan_tiles, HAS_STATE=grad_final is not None),
         )
         return grad_states, grad_initial
 
@@ -458,8 +441,7 @@ def forward(
         run.gate,
         states,
         out,
-        run.table.starts,
-        run.table.stops,
+        *run.table.span,
         scale,
         H=run.heads,
         **run.tiles,
@@ -491,7 +473,6 @@ def backward(
     grad_states, grad_initial = run.adjoints(do, grad_final, scale)
     dq, dk, du, dv = (torch.empty_like(x) for x in (run.q, run.k, run.v, run.v))
     dg = q.new_empty(0) if run.decay is None else torch.empty_like(run.decay)
-    given = {"H": run.heads, **run.tiles, "HAS_G": decay is not None}
     grid = (run.table.chunks, run.heads)
     gradients_kernel[grid](
         run.q,
@@ -505,10 +486,11 @@ def backward(
         dk,
         du,
         dg,
-        run.table.starts,
-        run.table.stops,
+        *run.table.span,
         scale,
-        **given,
+        H=run.heads,
+        **run.tiles,
+        HAS_G=decay is not None,
         num_warps=SCALAR_WARPS["gradients"],
     )
     dr = apply_square(run.inverse, du, run.table, turned=True)
@@ -525,10 +507,7 @@ def backward(
         dv,
         dg,
         dbeta,
-        run.table.starts,
-        run.table.stops,
-        **given,
-        num_warps=WARPS["solve"],
-        num_stages=STAGES,
+        *run.table.span,
+        **run.given("solve", run.tiles),
     )
     return dq, dk, dv, dg, dbeta, grad_initial

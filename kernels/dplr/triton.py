@@ -189,7 +189,6 @@ class _Pass:
         self.q, self.k, self.v, self.a, self.b, self.decay = (x.contiguous() for x in operands)
         self.scale = scale
         self.table = chunk_table(self.q.shape[0], self.q.shape[1], cu_seqlens, self.q.device)
-        self.span = self.table.starts, self.table.stops
         self.slots = self.table.slots, sequence_rows(self.table, cu_seqlens)
         self.heads = self.q.shape[2]
         self.tiles = pick_tiles(self.q, self.v)
@@ -219,7 +218,7 @@ class _Pass:
             self.a_start,
             self.b_end,
             self.last,
-            *self.span,
+            *self.table.span,
             self.scale,
             H=self.heads,
             K=self.tiles["K"],
@@ -239,7 +238,7 @@ class _Pass:
             self.decay,
             self.no_bonus,
             found,
-            *self.span,
+            *self.table.span,
             scale,
             **self.pair_sizes,
             HAS_U=exclusive,
@@ -265,7 +264,7 @@ class _Pass:
             states,
             u,
             last_state,
-            *self.span,
+            *self.table.span,
             self.table.first,
             H=self.heads,
             **tiles,
@@ -291,7 +290,7 @@ class _Pass:
             x,
             states,
             out,
-            *self.span,
+            *self.table.span,
             H=self.heads,
             **self.tiles,
             TURNED=turned,
@@ -314,7 +313,7 @@ class _Pass:
         scores = self.q.new_empty((self.table.chunks, self.heads, CHUNK, CHUNK), dtype=torch.float32)
         sizes: dict[str, Any] = {name: self.tiles[name] for name in ("V", "BT", "BV")}
         scores_kernel[(self.table.chunks, self.heads)](
-            do, value, scores, *self.span, scale, H=self.heads, **sizes, num_warps=VECTOR_WARPS["scores"]
+            do, value, scores, *self.table.span, scale, H=self.heads, **sizes, num_warps=VECTOR_WARPS["scores"]
         )
         grads = [torch.empty_like(total) for total in totals]
         unused = self.q.new_empty((self.pair_programs if exclusive else 0, *self.no_bonus.shape), dtype=torch.float32)
@@ -326,7 +325,7 @@ class _Pass:
             scores,
             *grads,
             unused,
-            *self.span,
+            *self.table.span,
             **self.pair_sizes,
             HAS_U=exclusive,
             num_warps=VECTOR_WARPS["pair_gradients"],
@@ -358,7 +357,7 @@ class _Pass:
             dleft,
             dright,
             dg,
-            *self.span,
+            *self.table.span,
             scale,
             H=self.heads,
             **self.tiles,

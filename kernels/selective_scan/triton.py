@@ -158,8 +158,7 @@ def _states(
         x if first_state is None else first_state.contiguous(),
         states,
         last,
-        table.starts,
-        table.stops,
+        *table.span,
         table.first,
         **_tiles(a),
         HAS_STATE=first_state is not None,
@@ -183,7 +182,7 @@ def forward(
         kept[table.slots, _rows(table, cu_seqlens)] = initial_state.float()
     y = x.new_empty(x.shape)
     grid = (table.chunks, triton.cdiv(a.shape[0], BLOCK))
-    output_kernel[grid](x, dt, a, b, c, states, y, table.starts, table.stops, **_tiles(a), num_warps=WARPS["output"])
+    output_kernel[grid](x, dt, a, b, c, states, y, *table.span, **_tiles(a), num_warps=WARPS["output"])
     return y, final, kept
 
 
@@ -230,8 +229,7 @@ def backward(
         da,
         db,
         dc,
-        table.starts,
-        table.stops,
+        *table.span,
         table.chunks,
         batch * tokens,
         **_tiles(a),

@@ -182,7 +182,7 @@ def _blocks(q: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     sequence = torch.searchsorted(table.first[1:].contiguous(), blocks, right=True)
     origins = table.starts[table.first[sequence]]
     ends = table.stops[table.first[sequence + 1] - 1]
-    return table.starts, table.stops, origins, ends
+    return *table.span, origins, ends
 
 
 def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:

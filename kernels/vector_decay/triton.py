@@ -277,10 +277,6 @@ class Launch:
         return self.q.shape[2]
 
     @property
-    def spans(self) -> tuple[Tensor, Tensor]:
-        return self.table.starts, self.table.stops
-
-    @property
     def columns(self) -> tuple[int, int]:
         """Blocks of K and of V."""
         return triton.cdiv(self.tiles["K"], self.tiles["BK"]), triton.cdiv(self.tiles["V"], self.tiles["BV"])
@@ -324,7 +320,7 @@ def _states(run: Launch, x: Tensor, y: Tensor, first_state: Tensor | None, rever
         last if first_state is None else first_state,
         states,
         last,
-        *run.spans,
+        *run.table.span,
         run.table.first,
         run.scale,
         **run.given("states", HAS_U=run.bonus is not None, HAS_STATE=first_state is not None, REVERSE=reverse),
@@ -337,7 +333,7 @@ def _pairs(run: Launch) -> Tensor:
     pairs = run.square(run.q.dtype)
     bonus = run.q if run.bonus is None else run.bonus
     pairs_kernel[(run.sub_chunks, run.heads)](
-        run.q, run.k, run.decay, bonus, pairs, *run.spans, run.scale, **run.pair_constants("pairs")
+        run.q, run.k, run.decay, bonus, pairs, *run.table.span, run.scale, **run.pair_constants("pairs")
     )
     return pairs
 
@@ -367,7 +363,7 @@ def forward(
         _pairs(run),
         states,
         out,
-        *run.spans,
+        *run.table.span,
         scale,
         **run.given("output", HAS_U=bonus is not None),
     )
@@ -377,7 +373,7 @@ def forward(
 def _value_gradients(run: Launch, do: Tensor, grad_states: Tensor) -> Tensor:
     dv = torch.empty_like(run.v)
     values_kernel[(run.table.chunks, run.columns[1], run.heads)](
-        run.k, run.decay, do, _pairs(run), grad_states, dv, *run.spans, **run.given("values")
+        run.k, run.decay, do, _pairs(run), grad_states, dv, *run.table.span, **run.given("values")
     )
     return dv
 
@@ -387,14 +383,14 @@ def _pair_gradients(run: Launch, do: Tensor) -> tuple[tuple[Tensor, Tensor, Tens
     scores = run.square(torch.float32)
     sizes = {name: run.tiles[name] for name in ("V", "BT", "BV")}
     scores_kernel[(run.table.chunks, run.heads)](
-        do, run.v, scores, *run.spans, run.scale, H=run.heads, **sizes, num_warps=WARPS["scores"]
+        do, run.v, scores, *run.table.span, run.scale, H=run.heads, **sizes, num_warps=WARPS["scores"]
     )
     dq, dk, dg = (torch.empty_like(run.q, dtype=torch.float32) for _ in range(3))
     key = run.tiles["K"]
     bonus = run.q if run.bonus is None else run.bonus
     du = run.q.new_empty(0 if run.bonus is None else (run.sub_chunks, run.heads, key), dtype=torch.float32)
     pair_gradients_kernel[(run.sub_chunks, triton.cdiv(key, PAIR_TILE), run.heads)](
-        run.q, run.k, run.decay, bonus, scores, dq, dk, dg, du, *run.spans, **run.pair_constants("pair_gradients")
+        run.q, run.k, run.decay, bonus, scores, dq, dk, dg, du, *run.table.span, **run.pair_constants("pair_gradients")
     )
     return (dq, dk, dg), du if run.bonus is None else du.sum(0).to(run.bonus.dtype)
 
@@ -432,7 +428,7 @@ def backward(
         dq,
         dk,
         dg,
-        *run.spans,
+        *run.table.span,
         scale,
         **run.given("gradients", HAS_U=bonus is not None),
     )

@@ -35,7 +35,9 @@ def mstc(
     """Rewrite one graph of Dynamo's and compile it.
 
     options: see `mstc.options`; mode: as of ``torch.compile``, for the outer compilation.
-    Raises `mstc.OptionError` on a bad option, `mstc.StrictError` under ``strict``.
+    Raises `mstc.OptionError` on a bad option, `mstc.StrictError` under ``strict``, `mstc.PlanError` where no plan meets
+    ``memory_budget``; under ``verify`` the first call may raise `mstc.VerificationError`. Dynamo wraps what is raised
+    here in its own BackendCompilerFailed, which tells the message.
     """
     chosen = parse_options(options)
     started = time.perf_counter()

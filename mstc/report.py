@@ -86,7 +86,12 @@ class Drawing(Protocol):
 
 @dataclass
 class Report:
-    """Everything that mstc knows of one compiled graph. See `mstc.reports`."""
+    """Everything that mstc knows of one compiled graph. See `mstc.reports`.
+
+    graph: its name; options: in force, as a caller would write them; versions: of mstc, torch and Python;
+    regions, refusals, edits: in the order of the graph and of the passes; plan: lines of the choice under a memory
+    budget, else none; timings: seconds by pass; fidelity: how close the passes that changed something keep the numbers.
+    """
 
     graph: str = ""
     options: dict[str, object] = field(default_factory=dict)

@@ -94,6 +94,8 @@ def _train_one(job: Job, progress: Progress, console: Console) -> Result:
     about = SYSTEMS[job.system].about
     waiting = "compiling" if SYSTEMS[job.system].compiles else "starting"
     task = progress.add_task(f"{about}: {waiting} ...", total=job.steps + 1)
+    if not console.is_terminal:
+        console.print(f"{about}: {waiting} ...", markup=False, highlight=False)
 
     def show(event: Event) -> None:
         text = f"{about}: step {event.step + 1}, loss {event.loss:.3f}, {event.seconds:.1f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -90,10 +91,11 @@ def check_no_tangent(name: str, tensor: Tensor) -> None:
 def scale_of(scale: object, key: int) -> float:
     """The scale as given, K ** -0.5 for None. Raise unless it is a number: a tensor's gradient would be lost."""
     if scale is None:
-        return key**-0.5
+        usual: float = key**-0.5
+        return usual
     if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
         raise fail("scale", type(scale).__name__, "a number or None")
-    return scale  # type: ignore[no-any-return]  # a symbol stands for a number
+    return cast("float", scale)  # a symbol stands for a number
 
 
 def check_head_dim(name: str, size: int) -> None:

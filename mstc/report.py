@@ -108,8 +108,9 @@ class Report:
 
     def to_text(self) -> str:
         """The report as plain text: the same report always gives the same text."""
+        title = self.graph if self.graph.startswith("graph") else f"graph {self.graph}".rstrip()
         sections = [
-            _section(f"graph {self.graph}".rstrip(), [f"fidelity: {self.fidelity.words}"]),
+            _section(title, [f"fidelity: {self.fidelity.words}"]),
             _section("options", _pairs(self.options)),
             _section("regions", _table(_REGION_HEAD, [_region_row(r) for r in self.regions])),
             _section("refusals", [_refusal_line(r) for r in self.refusals]),

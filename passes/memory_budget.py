@@ -35,7 +35,7 @@ from mstc.report import Fidelity, Refusal
 
 MIB = 2**20
 _LEVERS = {
-    "chunks": "chunks",
+    "chunks": "running in chunks",
     "recompute": "recomputing q/k/v",
     "attention": "recomputing attention",
     "offload": "offloading",
@@ -189,7 +189,7 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
     peak = simulate(step).peak
     offloads = any(c.offload for c in chosen.values())
     ahead = max(solution.peak - peak.total, 0) if offloads and draft.device.overlaps else 0
-    parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB)
+    parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB) or "all below 1"
     lines = (
         f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {(peak.total + ahead) / MIB:.0f} MiB ({parts}), "
         f"predicted step {solution.seconds:.3f} s on {draft.device.label}",

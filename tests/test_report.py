@@ -60,6 +60,11 @@ def test_text_tells_everything_and_is_stable() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(("name", "title"), [("graph 0/0", "graph 0/0"), ("loss_fn", "graph loss_fn"), ("", "graph")])
+def test_the_title_says_graph_once(name: str, title: str) -> None:
+    assert Report(graph=name).to_text().splitlines()[0] == title
+
+
 def test_a_refusal_of_no_node() -> None:
     report = Report(refusals=[Refusal("offload", "", "", "nothing to do", "give a budget")])
     assert "  offload: nothing to do (give a budget)" in report.to_text()

@@ -79,7 +79,7 @@ def fitted(m: Measured) -> Device:
         if m.kind == "cuda"
         else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
-    label = torch.cuda.get_device_name() if m.kind == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
+    label = torch.cuda.get_device_name() if m.kind == "cuda" else _cpu()
     sources = {"all figures": "mstc calibrate on this machine"}
     if m.collective is not None:
         sources["all-reduce"] = f"{m.collective / 1e9:.2f} GB/s"
@@ -97,6 +97,11 @@ def fitted(m: Measured) -> Device:
         launch=m.launch,
         sources=sources,
     )
+
+
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"this CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def _work(m: Measured) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -188,7 +193,7 @@ def _timed(m: Measured, work: Callable[[], Any], fixed: int | None = None) -> fl
 
 
 def _print(found: Device, m: Measured) -> None:
-    table = make_table(f"{found.label}, stored in {stored()}", "what", "measured")
+    table = make_table(found.label, "what", "measured")
     for dtype, by_rows in m.flops.items():
         for rows, rate in by_rows.items():
             table.add_row(f"matrix product, {dtype}, {rows} rows", f"{rate / 1e9:.1f} GFLOP/s")
@@ -198,4 +203,6 @@ def _print(found: Device, m: Measured) -> None:
     table.add_row("launch", f"{m.launch * 1e6:.1f} us")
     if m.collective is not None:
         table.add_row("all-reduce", f"{m.collective / 1e9:.2f} GB/s")
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    console.print(f"stored in {stored()}", markup=False, soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,11 +28,11 @@ def make_progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def make_table(title: str, *columns: str) -> Table:
-    """An empty table: names in the first column, figures in the others."""
+def make_table(title: str, *columns: str, words: Collection[str] = ()) -> Table:
+    """An empty table: names in the first column, words in those that ``words`` names, figures in the others."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 or column in words else "right")
     return table
 
 

@@ -21,6 +21,7 @@ __all__ = ["print_difference", "print_dump"]
 _COLOURS = {
     "chunked": "green", "loss": "cyan", "recomputed": "magenta", "rewritten": "yellow", "refused": "red", "kept": "dim"
 }  # fmt: skip
+_LOOPED = ("chunked", "loss", "recomputed")  # a loop may run in one chunk: what is inside it is not kept
 _MOST_REFUSALS = 20
 
 
@@ -55,9 +56,8 @@ def _print_graph(graph: GraphDump, console: Console) -> None:
 
 def _blocks(graph: GraphDump) -> Table:
     """The model at a glance, identical layers once."""
-    table = make_table(
-        escape(graph.name), "block", "what happened", "chunks", "tokens", "FLOPs", "bytes made", "at once"
-    )
+    columns = ("block", "what happened", "chunks", "tokens", "FLOPs", "bytes made", "at once")
+    table = make_table(escape(graph.name), *columns, words=["what happened"])
     starts = {f.start: f for f in graph.folds}
     position = 0
     while position < len(graph.blocks):
@@ -74,7 +74,7 @@ def _blocks(graph: GraphDump) -> Table:
 
 
 def _row(block: Block, indent: bool) -> list[Text]:
-    looped = block.chunks > 1
+    looped = block.chunks > 1 or block.status in _LOOPED
     return [
         Text(("  " if indent else "") + block.label),
         Text(WORDS.get(block.status, block.status), style=_COLOURS[block.status]),

@@ -41,5 +41,6 @@ def _draw(axes: Any, what: str, figures: Sequence[tuple[Row, float]]) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", label=SYSTEMS[system].about)
     axes.set(xlabel="tokens per sequence", ylabel=what)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(lengths), [str(n) for n in sorted(lengths)])
     axes.set_ylim(bottom=0)
     axes.legend()

@@ -94,12 +94,12 @@ def _print(found: Answer, swept: list[dict[str, Any]]) -> None:
     for name, size in found.held.items():
         held.add_row(name, f"{size / GIB:.2f}")
     console.print(held)
-    if found.plan_offloading:
-        console.print(f"mstc, offloading: {found.host / GIB:.1f} GiB in host memory")
-        for words in found.plan_offloading:
-            console.print(f"    {words}")
-    what_if = make_table(f"what if: {found.tokens} tokens under other memory budgets", "peak GiB", "step s", "plan")
-    what_if.columns[-1].justify = "left"
+    away = f"mstc's plan with offloading, {found.host / GIB:.1f} GiB in host memory"
+    for title, lines in ((f"mstc's plan at {found.tokens} tokens", found.plan), (away, found.plan_offloading)):
+        if lines:
+            console.print("\n    ".join([f"{title}:", *lines]), markup=False, highlight=False)
+    title = f"what if: {found.tokens} tokens under other memory budgets"
+    what_if = make_table(title, "peak GiB", "step s", "plan", words=["plan"])
     what_if.show_lines = True
     for line in found.what_if:
         what_if.add_row(f"{line['peak'] / GIB:.1f}", f"{line['seconds']:.1f}", "\n".join(line["plan"]))

@@ -19,7 +19,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis, NotTokenwise, Tokenwise
-from mstc.graph.costs import is_heavy, matmul_flops
+from mstc.graph.costs import is_heavy, matmul_flops, nbytes
 from mstc.graph.draws import draws_mask
 from mstc.graph.editor import has_order
 from mstc.graph.places import Place
@@ -30,6 +30,9 @@ aten = torch.ops.aten
 
 # What runs over a sequence without being a mixer of its own name.
 _SCANS = (aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
+
+# Values made of labels belong to their loss where they are so many times larger.
+WIDE_TARGETS = 8
 
 # Tokenwise along batch or query axes, but never worth running piece by piece with recomputation:
 # attention costs most to run again, and a table's gradient is a scatter into the whole table.
@@ -73,6 +76,8 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
             if any(_has_weight(n) for n in nodes):
                 # A sum may be tokenwise along another axis: it belongs to the region that claims it first.
                 sums = [s for s in _sums_of(axes, axis, sorted(nodes, key=order.__getitem__)) if s not in taken]
+                if sums:
+                    nodes |= wide_targets(graph, axes, axis, {*nodes, *sums})
                 regions.append(make_region(axes, axis, nodes, sums))
                 taken |= {*nodes, *sums}
     return sorted(regions, key=lambda r: order[r.nodes[0]])
@@ -158,6 +163,21 @@ def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
         ):
             found.add(node)
     return found
+
+
+def wide_targets(graph: fx.Graph, axes: Axes, axis: Axis, members: set[fx.Node]) -> set[fx.Node]:
+    """What only these members read and is much larger than the labels it is made of: one-hot targets, smoothed ones."""
+    outside = position_only(graph, axes)
+    cone: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        readers = set(node.users)
+        if node not in outside or node.op != "call_function" or not readers or not readers <= members | cone:
+            continue
+        if isinstance(axes.tokenwise(node, axis), Tokenwise):
+            cone.add(node)
+    made = sum(nbytes(n) for n in cone if members.intersection(n.users))
+    labels = {i for n in cone for i in n.all_input_nodes} - cone
+    return cone if made > WIDE_TARGETS * sum(map(nbytes, labels)) else set()
 
 
 def make_region(

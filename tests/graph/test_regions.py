@@ -105,3 +105,31 @@ def test_a_sum_over_one_axis_belongs_to_no_region_of_another() -> None:
     assert [r.n for r in regions] == [7, 7, 9]
     claimed = [n for r in regions for n in (*r.nodes, *r.sums)]
     assert len(claimed) == len(set(claimed))
+
+
+def test_wide_targets_are_made_inside_their_loss() -> None:
+    classes, tokens = 64, 9
+
+    def soft(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        target = F.one_hot(labels, classes).to(x.dtype) * 0.9 + 0.1 / classes
+        return -(target * F.linear(x, weight).log_softmax(-1)).sum()
+
+    graph, _, (region,) = regions_of(soft, randn(1, tokens, 4), randn(classes, 4), torch.arange(tokens)[None])
+    labels = graph.find_nodes(op="placeholder")[2]
+    assert node(graph, aten.one_hot.default) in region.nodes
+    assert labels in [n for n, _ in region.tokens]
+
+
+def test_targets_that_others_read_too_and_narrow_ones_are_inputs() -> None:
+    classes, tokens = 64, 9
+
+    def shared(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        target = F.one_hot(labels, classes)
+        return -(target * F.linear(x, weight).log_softmax(-1)).sum(), target
+
+    def narrow(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.linear(x, weight).gather(-1, labels.clamp(min=0).unsqueeze(-1)).sum()
+
+    for loss, target in ((shared, aten.one_hot.default), (narrow, aten.clamp.default)):
+        graph, _, (region,) = regions_of(loss, randn(1, tokens, 4), randn(classes, 4), torch.arange(tokens)[None])
+        assert node(graph, target) not in region.nodes

@@ -17,6 +17,7 @@ import sympy
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+from torch._decomp import get_decompositions
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
@@ -68,6 +69,7 @@ __all__ = [
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
+    "get_decompositions",
     "input_kind",
     "input_name",
     "is_buffer",

@@ -53,7 +53,10 @@ def mode_settings(mode: str | None, looping: Report | None = None) -> dict[str, 
 
 
 def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]:
-    """Compiles loop bodies: plain functions of tensors, without gradients, one after another."""
+    """Compiles loop bodies: plain functions of tensors, without gradients, one after another.
+
+    A body says in its ``meta["settings"]`` what of Inductor's configuration it needs, if anything.
+    """
 
     def compile_body(gm: fx.GraphModule, fakes: Sequence[torch.Tensor]) -> Callable[..., Any]:
         if name == "eager":
@@ -65,6 +68,6 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
             compat.allocating_by(empty_strided),
             torch.no_grad(),
         ):
-            return lower(gm, fakes, name)
+            return lower(gm, fakes, name, gm.meta.get("settings"))
 
     return compile_body

@@ -2,7 +2,8 @@
 
 A value's memory begins with the node that makes it and ends with its last reader; views live in the memory of
 what they view. Op by op (``fused`` False) every node makes its value. Fused, a chain of pointwise ops makes only
-what something else needs whole: an operand of a matrix product, a result of the graph, the result of a reduction.
+what something else needs whole: an operand of a matrix product, a result of the graph. Reductions read such a chain
+as it is computed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
 
     pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
     """
-    made = _made_whole(gm.graph) if fused else None
+    made = written(gm.graph) if fused else None
     ends = _last_reads(gm.graph, made)
     dying: dict[fx.Node, list[fx.Node]] = {}
     for value, end in ends.items():
@@ -132,24 +133,35 @@ def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]
     return found
 
 
-def _made_whole(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes whose values exist in memory when pointwise chains are fused."""
+def written(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes whose values exist in memory when pointwise chains are fused, in the order of their last writer."""
     made: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.op == "output" or (node.op == "call_function" and not _fusible(node) and not is_view(node)):
-            for i in node.all_input_nodes:
-                made[root_of(i)] = None
-        if node.op == "call_function" and not _fusible(node) and not is_view(node):
+        opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)
+        if node.op == "output" or (opaque and not is_reduction(node)):
+            made |= dict.fromkeys(map(root_of, node.all_input_nodes))
+        if opaque:
             made[node] = None
     return made
 
 
-def _fusible(node: fx.Node) -> bool:
+def is_fusible(node: fx.Node) -> bool:
     """Pointwise, by torch's own tags; casts and constants too."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or node.target in _CHEAP
 
 
+def is_reduction(node: fx.Node) -> bool:
+    """Whether the node adds up, or compares, what it reads."""
+    return getattr(node.target, "overloadpacket", None) in _REDUCTIONS
+
+
+_REDUCTIONS = (
+    *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all),
+    *(aten.argmax, aten.argmin, aten.logsumexp, aten.var, aten.var_mean, aten.std),
+    *(aten._softmax, aten._log_softmax, aten._softmax_backward_data, aten._log_softmax_backward_data),
+    *(aten.nll_loss_forward, aten.gather),
+)
 _CHEAP = (
     aten._to_copy.default,
     aten.clone.default,
@@ -160,4 +172,5 @@ _CHEAP = (
     aten.where.self,
     aten.arange.start_step,
     aten.cat.default,
+    aten.nll_loss_backward.default,
 )

@@ -25,6 +25,7 @@ from mstc.ops.dynamic import DynamicBodies
 from mstc.ops.joint import BackwardBody, Joint, backward_body, trace_joint
 from mstc.ops.pieces import balanced
 from mstc.ops.program import Backward, BodyCosts, Program
+from mstc.ops.where_read import compute_where_read
 
 Call = Callable[..., Any]
 
@@ -74,6 +75,14 @@ def joint_of(region: Region, recipe: Recipe) -> Joint | None:
     builder = _Builder(region, recipe, _never)
     lengths = {LENGTH: builder.static_lengths()[0]}
     return builder.joint(_mode(), forward_body(region, lengths), lengths)[-1]
+
+
+def costs_of(region: Region, recipe: Recipe) -> BodyCosts:
+    """What a chunk of the longest length will cost: traced, not compiled."""
+    builder = _Builder(region, recipe, _never)
+    length = builder.static_lengths()[0]
+    lengths = {LENGTH: length}
+    return builder.trace(_mode(), forward_body(region, lengths), lengths).costs(length, recipe.fused)
 
 
 def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Call:
@@ -206,7 +215,7 @@ class _Builder:
 
         def measure() -> BodyCosts:
             values = [examples[s] for s in names]
-            own = self._trace(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)))
+            own = self.trace(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)))
             return own.costs(examples[LENGTH], self.recipe.fused)
 
         bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
@@ -224,14 +233,14 @@ class _Builder:
         inputs: Sequence[torch.SymInt],
     ) -> _Bodies:
         """The bodies for these lengths; ``inputs`` are those that the body takes as inputs."""
-        t = self._trace(mode, body, lengths, inputs)
-        forward = None if self.recipe.loss and t.joint is not None else self.compiler(body, [*t.fakes, *inputs])
+        t = self.trace(mode, body, lengths, inputs)
+        forward = None if self.recipe.loss and t.joint is not None else self.compiler(t.body, [*t.fakes, *inputs])
         if t.joint is None:
             return _Bodies(forward, None, t)
         arguments = [*_inputs(t.joint, t.fakes, t.results, len(self.tokens)), *inputs]
         return _Bodies(forward, self.compiler(t.joint.gm, arguments), t)
 
-    def _trace(
+    def trace(
         self,
         mode: compat.FakeTensorMode,
         body: fx.GraphModule,
@@ -247,6 +256,12 @@ class _Builder:
             if self.recipe.fused:
                 use_class_sums(made.gm.graph)
                 made.gm.recompile()
+                arguments = _inputs(made, fakes, results, len(self.tokens))
+                with compat.isolated_tracing(mode):
+                    made = replace(made, gm=compute_where_read(made.gm, [*arguments, *inputs]))
+        if self.recipe.fused and not (self.recipe.loss and made is not None):
+            with compat.isolated_tracing(mode):
+                body = compute_where_read(body, [*fakes, *inputs])
         return _Traced(mode, body, fakes, results, made)
 
     def joint(

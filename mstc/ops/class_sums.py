@@ -11,16 +11,12 @@ the same for all classes but for a weight per class (label smoothing) are added 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from mstc.graph.costs import nbytes
-from mstc.graph.live import root_of
-from mstc.graph.reach import descendants
 from mstc.ops.writer import Writer
 
 aten = torch.ops.aten
@@ -40,33 +36,11 @@ def use_class_sums(graph: fx.Graph) -> None:
         total = _sum_over_classes(write, dy, picked)
         if total is None:
             continue
-        total = _after_results(write, total, node)
         wide = torch.float32 if value.dtype in _LOW else value.dtype
         part = write(aten.mul.Tensor, write(aten.exp.default, write.cast(y, wide)), write.cast(total, wide))
         new = write.cast(write(aten.sub.Tensor, write.cast(dy, wide), part), dtype)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-
-
-def _after_results(write: Writer, x: fx.Node, gradient: fx.Node) -> fx.Node:
-    """x, but computed after the small results of the body that do not need the gradient.
-
-    Losses read the scores too. Once they are done nothing does but the gradient, and a compiler can write it over
-    the scores; in another order it takes a buffer of all classes more (Inductor with label smoothing). No value
-    changes: both branches are x.
-    """
-    returned: Any = gradient.graph.output_node().args[0]
-    earlier = set(itertools.takewhile(lambda n: n is not gradient, gradient.graph.nodes))
-    y: Any = gradient.args[1]
-    source = root_of(y)
-    if source.target is not aten._log_softmax.default:
-        return x
-    readers = descendants(source.all_input_nodes, earlier)
-    for result in dict.fromkeys(r for r in returned if r in readers):
-        if nbytes(result) < nbytes(gradient):
-            done = write(aten.isnan.default, write(aten.sum.default, result))
-            x = write(aten.where.self, done, x, x)
-    return x
 
 
 def _place_picked(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -16,6 +16,9 @@ from mstc.ops.build import examples_of
 WORKING_SET = 128 * 2**20
 FEWEST_TOKENS = 512
 MOST_TOKENS = 1024
+# A loss whose chunk holds so many values of the widest size at once is cut further, down to these tokens.
+SEVERAL = 1.25
+FEWEST_OF_SEVERAL = 128
 # Fewest tokens that are chunked at all (docs/benchmarks.md, "Short"); a loss over 2048 tokens may shift by some.
 SHORTEST = 4096
 SHORTEST_LOSS = 2048 - 16
@@ -78,6 +81,23 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
         return lengths.whole(f"with {total / 2**20:.0f} MiB of intermediates")
     widest = max((nbytes(x) for x in region.nodes), default=0)
     return lengths.chunks(_tokens_per_chunk(lengths.rows, widest))
+
+
+def may_hold_several(region: Region) -> bool:
+    """Whether a chunk may hold several values of the widest size at once: scores of a teacher, say, beside the own."""
+    products = [nbytes(n) for n in region.nodes if is_heavy(n)]
+    return sum(2 * size > max(products) for size in products) > 1 and not dynamic_lengths(region)
+
+
+def cut_further(chunks: Chunks, region: Region, several: float) -> Chunks:
+    """Shorter chunks where one holds ``several`` times the bytes of its widest value at once."""
+    if chunks.count == 1 or several <= SEVERAL:
+        return chunks
+    lengths = _Lengths.of(region, tokens_of(region), "tokens")
+    # A column or two beside two whole values do not ask for a quarter of the tokens.
+    per_chunk = max(int(1.1 * lengths.rows / chunks.count / several), FEWEST_OF_SEVERAL)
+    finer = lengths.chunks(1 << (per_chunk.bit_length() - 1))
+    return finer if finer.count > chunks.count else chunks
 
 
 def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:

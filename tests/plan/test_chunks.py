@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mstc.graph.regions import Region
 from mstc.ops.pieces import balanced
-from mstc.plan.chunks import choose
+from mstc.plan.chunks import FEWEST_OF_SEVERAL, choose, cut_further, may_hold_several
 from testkit.capture import meta, regions_of
 
 
@@ -69,3 +69,26 @@ def test_a_loss_pays_sooner_than_what_runs_again() -> None:
     assert choose(region(2048, 4096, 16384), "auto").count == 1
     assert choose(region(4096, 4096, 16384), "auto").count > 1
     assert choose(region(2048, 4096, 16384, batch=2), "auto").count > 1
+
+
+def distillation(x: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    return (F.linear(x, weight) * F.linear(x, teacher)).logsumexp(-1).sum()
+
+
+def test_a_loss_of_several_scores_is_cut_further() -> None:
+    width, classes = 64, 128000
+    (loss,) = regions_of(distillation, meta(1, 8192, width), meta(classes, width), meta(classes, width))[2]
+    chosen = choose(loss, "auto")
+    assert may_hold_several(loss) and chosen.count == 16
+    assert cut_further(chosen, loss, 1.1) == chosen
+    assert [cut_further(chosen, loss, several).count for several in (2.0, 2.1, 3.0, 4.1)] == [32, 32, 64, 64]
+    assert cut_further(chosen, loss, 100.0).count == 8192 // FEWEST_OF_SEVERAL
+
+
+def test_one_product_of_all_classes_holds_no_several() -> None:
+    def head(x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        h = F.silu(x)
+        return F.linear(h, weight).logsumexp(-1).sum() + F.linear(h, value).sum()
+
+    (loss,) = regions_of(head, meta(1, 8192, 64), meta(32000, 64), meta(1, 64))[2]
+    assert not may_hold_several(loss)

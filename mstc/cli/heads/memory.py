@@ -32,7 +32,7 @@ HELD_TOKENS = 512
 
 @dataclass(frozen=True)
 class Job:
-    """One program on one system; chunk: tokens per chunk, for systems that must be told."""
+    """One program on one system; chunk: tokens per chunk, of systems that must be told, else as they choose."""
 
     system: str
     program: str
@@ -41,7 +41,7 @@ class Job:
     classes: int
     steps: int
     dtype: str = "float32"
-    chunk: int = 512
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)

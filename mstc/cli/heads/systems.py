@@ -16,6 +16,8 @@ from mstc.cli.heads.programs import PROGRAMS, Inputs, Result
 __all__ = ["SYSTEMS", "System"]
 
 Run = Callable[[Inputs], Result]
+# Tokens per chunk of a system that must be told and is not.
+TOLD = 512
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class System:
     """
 
     about: str
-    form: Callable[[str, int], Run | None]
+    form: Callable[[str, int | None], Run | None]
     needs: str = "torch"
     told: Mapping[str, str] = field(default_factory=dict)
 
@@ -35,21 +37,21 @@ class System:
         return find_spec(self.needs) is not None
 
 
-def _eager(name: str, chunk: int) -> Run:
+def _eager(name: str, chunk: int | None) -> Run:
     return PROGRAMS[name].run
 
 
-def _mstc(name: str, chunk: int, lower: str = "inductor") -> Run:
-    tokens = {"chunk_tokens": chunk}
+def _mstc(name: str, chunk: int | None, lower: str = "inductor") -> Run:
+    tokens = {"chunk_tokens": "auto" if chunk is None else chunk}
     options: dict[str, Any] = {"lm_head": tokens, "mini_sequence": tokens, "lower": lower}
     return torch.compile(PROGRAMS[name].run, backend="mstc", options=options)
 
 
-def _inductor(name: str, chunk: int) -> Run:
+def _inductor(name: str, chunk: int | None) -> Run:
     return torch.compile(PROGRAMS[name].run)
 
 
-def _auto_chunker(name: str, chunk: int) -> Run:
+def _auto_chunker(name: str, chunk: int | None) -> Run:
     # Thresholds as low as they go, so that nothing is declined for its size.
     settings: dict[str, Any] = {
         "auto_chunker.enable": True,
@@ -62,11 +64,11 @@ def _auto_chunker(name: str, chunk: int) -> Run:
 # ------------------------------------------------------------------ F.linear_cross_entropy
 
 
-def _linear_ce(name: str, chunk: int) -> Run | None:
+def _linear_ce(name: str, chunk: int | None) -> Run | None:
     """The chunked form of torch 2.13; ``batch_chunk_size`` is what makes it chunk."""
     if not hasattr(F, "linear_cross_entropy"):
         return None
-    chunked = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
+    chunked = nn.LinearCrossEntropyOptions(batch_chunk_size=TOLD if chunk is None else chunk)
 
     def loss(i: Inputs, head: str = "weight", labels: Any = None, hidden: Any = None, **more: Any) -> Any:
         rows = (i.hidden if hidden is None else hidden).flatten(0, 1)
@@ -112,7 +114,7 @@ def _per_sequence(i: Inputs, losses: Any) -> Any:
 # ------------------------------------------------------------------ Liger
 
 
-def _liger(name: str, chunk: int) -> Run | None:
+def _liger(name: str, chunk: int | None) -> Run | None:
     """Its Triton kernels; on a CPU they run in Triton's interpreter (TRITON_INTERPRET=1)."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -156,7 +158,7 @@ _CCE_TOLD = {
 }
 
 
-def _nothing(name: str, chunk: int) -> None:
+def _nothing(name: str, chunk: int | None) -> None:
     return None
 
 

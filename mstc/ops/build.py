@@ -286,6 +286,9 @@ class _Builder:
         self, key: str, traced: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
     ) -> Program:
         recipe = self.recipe
+        token_needs, shared_needs = self.token_needs, self.shared_needs
+        if traced is not None:
+            token_needs, shared_needs = tuple(map(bool, traced.token_sources)), tuple(map(bool, traced.shared_sources))
         return Program(
             key,
             recipe.label,
@@ -295,8 +298,8 @@ class _Builder:
             self.shared,
             self.outputs,
             self.sums,
-            self.token_needs,
-            self.shared_needs,
+            token_needs,
+            shared_needs,
             forward,
             _backward(traced, backward) if traced is not None else None,
             recipe.accumulate,
@@ -324,6 +327,7 @@ def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:
     if a is None or b is None or run is None:
         return run
     called = replace(a, gm=b.gm, token_grads=b.token_grads, shared_grads=b.shared_grads, factors=b.factors)
+    called = replace(called, token_sources=b.token_sources, shared_sources=b.shared_sources)
     assert replace(called, values=b.values) == b, "a body for special lengths reads other inputs"
     pairs = [(a.token_grads[i], at) for i, at in b.token_grads.items()]
     pairs += [(a.shared_grads[j], at) for j, at in b.shared_grads.items()]
@@ -359,4 +363,6 @@ def _backward(traced: BackwardBody, run: dict[int, Callable[..., Any]]) -> Backw
         traced.shared_grads,
         traced.factors,
         traced.values,
+        traced.token_sources,
+        traced.shared_sources,
     )

@@ -47,7 +47,9 @@ class BackwardBody:
     outputs and sums at ``grads``..., dynamic lengths...) -> flat list. In that list, ``token_grads[i]`` and
     ``shared_grads[j]`` are the positions of the gradients of token input i and shared input j, ``factors`` those of
     weight factors.
-    ``values``: positions of the forward's own results where they were asked for.
+    ``values``: positions of the forward's own results where they were asked for. ``token_sources[i]`` and
+    ``shared_sources[j]``: the results whose gradients reach that of the input; none where it is read behind a
+    ``detach`` only. Such an input gets no gradient, as in eager: to an optimizer that is not the same as zeros.
     """
 
     gm: fx.GraphModule
@@ -59,6 +61,8 @@ class BackwardBody:
     shared_grads: dict[int, int]
     factors: tuple[Factors, ...]
     values: tuple[int, ...]
+    token_sources: tuple[tuple[int, ...], ...]
+    shared_sources: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,7 @@ def backward_body(
     for this alone; with_values: also return all results (for a loss whose gradients are computed in the forward).
     """
     gm = joint.gm
+    token_sources, shared_sources = _sources(joint)
     out: list[fx.Node] = []
 
     def place(node: fx.Node) -> int:
@@ -240,7 +245,29 @@ def backward_body(
     gm.graph.lint()
     gm.recompile()
     kept = tuple(sorted(kept_nodes))
-    return BackwardBody(gm, tokens, shared, kept, grads, token_grads, shared_grads, factors, values)
+    return BackwardBody(
+        gm, tokens, shared, kept, grads, token_grads, shared_grads, factors, values, token_sources, shared_sources
+    )
+
+
+def _sources(joint: Joint) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """For each token input and each shared input: the results whose gradients its own is made of."""
+    everything = set(joint.gm.graph.nodes)
+
+    def of(gradients: list[fx.Node]) -> tuple[int, ...]:
+        above = ancestors(gradients, everything)
+        found = tuple(i for i, cotangent in joint.cotangents.items() if cotangent in above)
+        # A derivative that is zero whatever comes in still is one.
+        return found or (tuple(joint.cotangents) if gradients else ())
+
+    made: dict[int, list[fx.Node]] = {}
+    for j, gradient in joint.shared_grads.items():
+        made.setdefault(j, []).append(gradient)
+    for product in joint.products:
+        if product.dy is not None:
+            made.setdefault(product.shared, []).append(product.dy)
+    tokens = tuple(of([joint.token_grads[i]] if i in joint.token_grads else []) for i in range(len(joint.tokens)))
+    return tokens, tuple(of(made.get(j, [])) for j in range(len(joint.shared)))
 
 
 def _read_kept(

@@ -198,6 +198,8 @@ def _loop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _loop_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
     p = program(ctx.key)
     b = _backward_of(p)
+    if all(g is None for g in grads):
+        return [None] * len(p.tokens), [None] * len(p.shared), _no_gradients(ctx.lengths), None
     saved = ctx.saved_tensors
     a, c = len(b.tokens), len(b.tokens) + len(b.shared)
     found = iter(
@@ -205,9 +207,12 @@ def _loop_vjp(ctx: Any, grads: Sequence[torch.Tensor | None]) -> Any:
             list(grads), list(saved[:a]), list(saved[a:c]), list(saved[c:]), ctx.lengths, ctx.key
         )
     )
-    token_grads = [next(found) if need else None for need in p.token_needs]
-    shared_grads = [next(found) if need else None for need in p.shared_needs]
-    return token_grads, shared_grads, _no_gradients(ctx.lengths), None
+    gradients = []
+    for need, sources in zip((*p.token_needs, *p.shared_needs), (*b.token_sources, *b.shared_sources), strict=True):
+        gradient = next(found) if need else None
+        # None too where no result that the input leads to has a gradient.
+        gradients.append(gradient if any(grads[i] is not None for i in sources) else None)
+    return gradients[: len(p.tokens)], gradients[len(p.tokens) :], _no_gradients(ctx.lengths), None
 
 
 def _no_gradients(lengths: Sequence[object]) -> list[None] | None:

@@ -33,7 +33,9 @@ class Backward:
     token_grads: dict[int, int]
     shared_grads: dict[int, int]
     factors: tuple[Factors, ...]
-    values: tuple[int, ...] = ()
+    values: tuple[int, ...]
+    token_sources: tuple[tuple[int, ...], ...]
+    shared_sources: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Program:
 
     n: length of the axis; count: number of chunks (in the example, where the length is dynamic); tokens, shared,
     outputs, sums: the whole tensors;
-    token_needs, shared_needs: which inputs get gradients; forward: compiled bodies by chunk
-    length (empty where a loss's gradients come with it); backward: None in inference;
+    token_needs, shared_needs: which inputs get gradients: those that need one and that one reaches;
+    forward: compiled bodies by chunk length (empty where a loss's gradients come with it); backward: None in inference;
     accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients;
     lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
     chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call;

@@ -73,6 +73,29 @@ def test_only_the_input_needs_a_gradient() -> None:
     compare(step(model), {"x": x.requires_grad_()}, (x, labels), chunked(7, 5, "eager")).check()
 
 
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_stands_behind_a_detach_gets_no_gradient(lower: str, shared: bool) -> None:
+    """A probe on a frozen trunk: None, not zeros, which an optimizer with weight decay would act on.
+
+    shared: the trunk's last norm stands in one region with the probe; else a value in between is a result that only a
+    number without gradient is made of.
+    """
+    model, probe = Tiny(), nn.Linear(8, 11, dtype=torch.float64)
+
+    def run(x: Tensor, labels: Tensor) -> Tensor:
+        h = model.features(x)
+        if shared:
+            return mean_loss(probe(model.norms[1](h).detach()), labels)
+        aside = model.head(h)
+        return mean_loss(probe(h.detach()), labels) + aside.square().mean().detach()
+
+    leaves = {**parameters(model), **{f"probe.{n}": p for n, p in probe.named_parameters()}}
+    result = compare(run, leaves, inputs(), chunked(7, 5, lower))
+    result.check()
+    assert result.loops >= 2
+
+
 def test_low_rank_adapters_beside_frozen_weights() -> None:
     model, (x, labels) = Tiny().requires_grad_(False), inputs()
     a = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)

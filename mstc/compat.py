@@ -64,6 +64,7 @@ __all__ = [
     "compile_for",
     "compile_name",
     "count_auto_chunkings",
+    "data_of",
     "draws_as_eager",
     "example_of",
     "fake_inputs",
@@ -103,6 +104,7 @@ BLOCKS = 1 << 20
 _block_ids = itertools.count(BLOCKS, BLOCKS)
 
 tree_leaves = pytree.tree_leaves
+data_of = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # what Dynamo calls for ``x.data``
 
 
 def is_grad_mode_switch(node: fx.Node) -> bool:
@@ -203,6 +205,8 @@ class _SourceKeepingInterpreter(fx.Interpreter):
             return self._autocast.call(target, args)
         if target is autograd_function_apply:
             return self._function(*args, **kwargs)
+        if target is data_of:
+            return args[0].detach()  # itself it dispatches nothing, so nothing would be recorded
         if not is_checkpoint(target):
             return super().call_function(target, args, kwargs)
         body, *operands = args

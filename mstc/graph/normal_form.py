@@ -22,6 +22,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph import functions
+from mstc.graph.detached import with_own_memory
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
@@ -59,7 +60,10 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
 
     Raises `NotNormalError` where it holds something that the retracing would lose.
     """
-    folded = functions.fold_vmap(gm)
+    folded, written = with_own_memory(functions.fold_vmap(gm))
+    if written is not None:
+        told = "a detached tensor is changed in place while what it was detached from is read too"
+        raise NotNormalError(told, written.name, source_of(written))
     _refuse_unknown(folded)
     mode = compat.fake_mode_of(inputs)
     placeholders = folded.graph.find_nodes(op="placeholder")

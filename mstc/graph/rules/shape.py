@@ -70,6 +70,20 @@ def select(call: Call) -> Flow | None:
     return call.flow(tuple(MIXED if d == dim else d - (d > dim) for d in range(rank)))
 
 
+def slice_scatter(call: Call) -> Flow | None:
+    """x with a stretch of ``dim`` written: the other dimensions go along in both."""
+    dim = call.dim()
+    each: Map = tuple(MIXED if d == dim else d for d in range(len(call.shape())))
+    return call.flow(each, each)
+
+
+def select_scatter(call: Call) -> Flow | None:
+    """x with one index of ``dim`` written."""
+    rank, dim = len(call.shape()), call.dim()
+    each: Map = tuple(MIXED if d == dim else d for d in range(rank))
+    return call.flow(each, tuple(d for d in range(rank) if d != dim))
+
+
 def unbind(call: Call) -> Flow | None:
     rank, dim = len(call.shape()), call.dim()
     return call.flow(tuple(MIXED if d == dim else d - (d > dim) for d in range(rank)))
@@ -153,6 +167,8 @@ SHAPE_RULES: dict[object, Rule] = {
     aten.expand.default: expand,
     aten.slice.Tensor: slice_,
     aten.select.int: select,
+    aten.slice_scatter.default: slice_scatter,
+    aten.select_scatter.default: select_scatter,
     aten.unbind.int: unbind,
     aten.cat.default: cat,
     aten.stack.default: stack,

@@ -121,6 +121,17 @@ def _select(p: Pick) -> Args:
     return p.tensor(shape), dim, p.int(-shape[dim], shape[dim] - 1)
 
 
+def _select_scatter(p: Pick) -> Args:
+    x, dim, index = _select(p)
+    return x, p.tensor(list(x.select(dim, index).shape)), dim, index
+
+
+def _slice_scatter(p: Pick) -> Args:
+    x, dim, *stretch = _slice(p)
+    part = torch.ops.aten.slice.Tensor(x, dim, *stretch)
+    return x, p.tensor(list(part.shape)), dim, *stretch
+
+
 def _cat(p: Pick) -> Args:
     shape = p.shape()
     dim = p.dim(shape)
@@ -404,6 +415,8 @@ CASES: dict[Any, Case] = {
     aten.expand.default: _expand,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.select_scatter.default: _select_scatter,
+    aten.slice_scatter.default: _slice_scatter,
     aten.unbind.int: _along(),
     aten.cat.default: _cat,
     aten.stack.default: _stack,

@@ -7,7 +7,7 @@ from its loss and keep all logits. Exact up to the shape of the matrix products,
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from mstc.graph.axes import Axes
 from mstc.graph.costs import is_heavy, nbytes
 from mstc.graph.editor import Editor
 from mstc.graph.places import Place
+from mstc.graph.reach import ancestors
 from mstc.graph.regions import Region, make_region
 from mstc.graph.rules.call import Call
 from mstc.graph.sizes import Size, shape_of
@@ -56,10 +57,10 @@ def _site(axes: Axes, region: Region, value: fx.Node, place: Place) -> Iterator[
     head = head_of(region, [value])
     if not any(is_heavy(n) for n in head):
         return
-    sources = {i for n in head for i in n.all_input_nodes if i in region.proofs and i not in head}
-    if sum(map(nbytes, sources)) >= nbytes(value):
+    if not _gains(region, head, value):
         return
-    if len(value.users) > 1 or any(u not in head and u not in cuts for n in head for u in n.users):
+    head = _own(head, value)
+    if len(value.users) > 1 or not any(is_heavy(n) for n in head) or not _gains(region, head, value):
         yield refuse(
             "shift",
             cuts[0],
@@ -72,6 +73,20 @@ def _site(axes: Axes, region: Region, value: fx.Node, place: Place) -> Iterator[
         yield refuse("shift", cuts[0], "the tokens of the head's input share a dimension with another axis")
         return
     yield ShiftSite(part, cuts[0], *_range(cuts[0], region.n))
+
+
+def _gains(region: Region, head: Collection[fx.Node], value: fx.Node) -> bool:
+    """Whether what the head reads of its region is smaller than what it makes."""
+    sources = {i for n in head for i in n.all_input_nodes if i in region.proofs and i not in head}
+    return sum(map(nbytes, sources)) < nbytes(value)
+
+
+def _own(head: Iterable[fx.Node], value: fx.Node) -> set[fx.Node]:
+    """The part of the head that leads to ``value`` only; what others read too becomes an input of it."""
+    own = set(head)
+    while others := {n for n in own if n is not value and any(u not in own for u in n.users)}:
+        own = ancestors([value], own - others)
+    return own
 
 
 def _slices(node: fx.Node, place: Place) -> bool:

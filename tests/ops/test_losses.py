@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.fx as fx
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -107,6 +108,28 @@ def test_shift_before_the_head() -> None:
         return flat(model.head(model.features(x)[:, :-1]), labels[:, 1:])
 
     compare(step, dict(model.named_parameters()), inputs(), chunked(7, 5, "eager")).check()
+
+
+def test_shift_of_a_head_whose_input_others_read() -> None:
+    """A value head and a second loss beside the logits: the slice still moves before the product with the head."""
+    model = Tiny(classes=CLASSES)
+    beside = torch.nn.Linear(8, 1, dtype=torch.float64)
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        h = torch.tanh(model.features(x))
+        quantized = h + (h.round() - h).detach()
+        return flat(model.head(quantized)[:, :-1], labels[:, 1:]) + beside(quantized).square().mean() + h.abs().mean()
+
+    leaves = {**dict(model.named_parameters()), **{f"beside.{n}": p for n, p in beside.named_parameters()}}
+    result = compare(step, leaves, inputs(), chunked(7, 5, "eager"))
+    result.check()
+    assert any("moves before the head" in e.what for r in result.reports for e in r.edits), result.describe()
+    made = [n.meta["val"].shape for gm in result.graphs for n in gm.graph.nodes if is_made(n)]
+    assert not any(len(shape) > 1 and shape[-1] == CLASSES for shape in made), made
+
+
+def is_made(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
 
 
 def test_logits_that_are_returned_too() -> None:

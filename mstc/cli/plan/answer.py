@@ -21,6 +21,7 @@ from mstc.plan.words import in_words
 AWAY = "mstc, offloading"
 OFFLOADING = Levers(offload=True)
 GRAIN = 256  # tokens to which the longest length of a peer is told
+FEWEST, MOST = 1024, 1 << 26  # tokens between which it is sought
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _peer(
     system: str, target: Target, device: Device, seq: int | None, batch: int, dtype: torch.dtype, optimizer: Optimizer
 ) -> Row:
     peer = Peer(system, target.config, dtype, optimizer, device)
-    longest = _longest(peer, batch, device.usable())
+    longest = longest_of(lambda n: peer.usage(batch, n).peak, device.usable())
     tokens = seq or longest
     usage = peer.usage(batch, tokens) if tokens else None
     fits = usage is not None and usage.peak <= device.usable()
@@ -153,23 +154,29 @@ def _peer(
     )
 
 
-def _longest(peer: Peer, batch: int, budget: int) -> int:
-    """By the secant: the peak is affine in the tokens, piece by piece."""
-    low, high = 1024, 8192
-    at = {n: peer.usage(batch, n).peak for n in (low, high)}
-    if at[low] > budget:
-        return 0
-    for _ in range(4):
-        guess = int(low + (high - low) * (budget - at[low]) / max(at[high] - at[low], 1))
-        guess = max(guess // GRAIN * GRAIN, GRAIN)
-        if guess in at:
-            break
-        at[guess] = peer.usage(batch, guess).peak
-        fitting = [n for n in at if at[n] <= budget]
-        above = [n for n in at if at[n] > budget]
-        low = max(fitting)
-        high = min(above) if above else max(n for n in at if n != low)
-    return max(n for n in at if at[n] <= budget)
+def longest_of(peak: Callable[[int], int], budget: int) -> int:
+    """The most tokens, in steps of `GRAIN`, whose ``peak`` stays within the budget; 0 where `FEWEST` exceed it.
+
+    The peak is the larger of a constant (the optimizer's step) and functions affine in the tokens, piece by piece: so
+    between a length that fits and one that does not the secant is tried, which is exact once both lie on one piece,
+    and the middle where that did not help.
+    """
+    low, at = 0, {FEWEST: peak(FEWEST)}
+    high = FEWEST
+    while at[high] <= budget:
+        low, high = high, 4 * high
+        if high > MOST:
+            return low
+        at[high] = peak(high)
+    halved = True
+    while low and high - low > GRAIN:
+        width = high - low
+        share = (budget - at[low]) / (at[high] - at[low]) if halved else 0.5
+        guess = min(max(low + int(width * share) // GRAIN * GRAIN, low + GRAIN), high - GRAIN)
+        at[guess] = peak(guess)
+        low, high = (guess, high) if at[guess] <= budget else (low, guess)
+        halved = 2 * (high - low) <= width
+    return low
 
 
 def _categories(planned: Planned, stages: list[Stage], solution: Solution) -> dict[str, int]:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import click
 import torch
 
-from mstc.cli.arguments import names
+from mstc.cli.arguments import file_to_write, names
 from mstc.cli.bench.meter import MB, meter_for
 from mstc.cli.console import make_console, make_progress, make_table, number
 from mstc.cli.environment import describe_machine, describe_versions
@@ -28,6 +29,16 @@ __all__ = ["Job", "Measured", "measure", "memory"]
 
 _MMAP_THRESHOLD = "1048576"  # bytes; larger blocks go back to the system when they are freed
 HELD_TOKENS = 512
+
+
+class Work(TypedDict):
+    """What all systems are given alike: hidden states [1, tokens, width], a head of ``classes``; measured steps."""
+
+    tokens: int
+    width: int
+    classes: int
+    steps: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -103,16 +114,18 @@ def _measure_apart(job: Job) -> Measured | str:
 @click.option("--classes", type=click.IntRange(2), default=128000, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Measured steps.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@click.option(
+    "--out", callback=file_to_write, type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write."
+)
 @click.option("--worker", hidden=True, help="Measure this job, as JSON, in this process.")
 def memory(
-    systems: tuple[str, ...], programs: tuple[str, ...], out: Path | None, worker: str | None, **work: object
+    systems: tuple[str, ...], programs: tuple[str, ...], out: Path | None, worker: str | None, **work: Unpack[Work]
 ) -> None:
     """Measure heads; exit status 1 when a system failed on one."""
     if worker is not None:
         click.echo("RECORD " + json.dumps(asdict(measure(Job(**json.loads(worker))))))
         return
-    jobs = [Job(system=s, program=p, **work) for p in programs for s in systems]  # type: ignore[arg-type]
+    jobs = [Job(system=s, program=p, **work) for p in programs for s in systems]
     done: list[Measured] = []
     failures: list[dict[str, str]] = []
     with make_progress(make_console(stderr=True)) as progress:

@@ -92,16 +92,18 @@ class Editor:
         return found.node if isinstance(found, _Recorded) else found
 
     def length(self, symbol: Size, *, like: fx.Node) -> fx.Node:
-        """A node that holds a dynamic length: an input of the graph, or a size of one."""
+        """A node that holds a dynamic length: an input or a size of one; or of another value, where data decide it."""
+        graph = self.gm.graph
+        made = itertools.takewhile(lambda n: n is not like, (n for n in graph.nodes if n.op == "call_function"))
         node: fx.Node
-        for node in list(self.gm.graph.find_nodes(op="placeholder")):
+        for node in [*graph.find_nodes(op="placeholder"), *made]:
             value = node.meta["val"]
             if isinstance(value, torch.SymInt) and same(size(value), symbol):
                 return node
             for dim, extent in enumerate(shape_of(value) if isinstance(value, torch.Tensor) else ()):
                 if same(extent, symbol):
                     return self.call(torch.ops.aten.sym_size.int, (node, dim), like=like)
-        raise AssertionError(f"no input of the graph tells the length {symbol}")
+        raise AssertionError(f"nothing in the graph tells the length {symbol}")
 
     def replace(self, old: fx.Node, new: fx.Node, what: str) -> None:
         """Let every user of ``old`` use ``new``; ``old`` goes when nothing needs it."""

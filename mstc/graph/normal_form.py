@@ -175,10 +175,12 @@ def _carry_metadata(old: fx.GraphModule, placeholders: Sequence[fx.Node], new: f
 
 
 def _drop_asserts(graph: fx.Graph) -> None:
-    """Retracing checked them; they would only keep their inputs alive."""
+    """Retracing checked them; they would only keep their inputs alive. Those of sizes that data decides stay."""
     for node in list(graph.nodes):
         if node.target in _ASSERTS and not node.users:
             graph.erase_node(node)
+        elif isinstance(node.target, compat.OpOverload) and not node.target._schema.returns:
+            node.meta.setdefault("val", None)
 
 
 def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:

@@ -189,3 +189,22 @@ def test_numbers_that_are_no_lengths(keep: int) -> None:
     for length in (23, 31):
         agrees(module, fast, module, inputs(9, length))
     assert any(r.loop for r in mstc.reports()[-1].regions)
+
+
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_lengths_that_data_decide(lower: str) -> None:
+    """Masked language modelling: the head sees the masked tokens only, however many; none and one among them."""
+    model = Tiny()
+
+    def fn(x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        hidden = model.features(x)[mask]
+        return nn.functional.cross_entropy(model.head(hidden), labels[mask], reduction="sum")
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = compiled(fn, lower)
+        for masked in (20, 3, 0, 1, 46):
+            x, labels = inputs(2, 23)
+            mask = (torch.arange(46) < masked).view(2, 23)
+            agrees(fn, fast, model, (x, labels.clamp(min=0), mask))
+    assert graphs() == 1
+    assert any("LM head" in r.label and r.loop for r in mstc.reports()[-1].regions)

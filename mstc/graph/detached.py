@@ -79,7 +79,9 @@ def _target_of_write(node: fx.Node) -> fx.Node | None:
 
 def _memory(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
 
 
 def _needs_grad(node: fx.Node) -> bool:

@@ -5,7 +5,7 @@ What every later step may rely on (held by `mstc.graph.checker`, but for the las
 - nodes are placeholders, ``get_attr`` of constants, calls of ATen (or custom) ops, ``getitem`` and the output;
 - nothing is changed in place, except copies back into mutated inputs at the end;
 - ``torch.no_grad`` stretches are written as ``detach`` of what they read, so no node switches the grad mode;
-- every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``;
+- every node carries ``meta["val"]`` (fake) and ``meta["needs_grad"]``, inputs ``meta["held"]`` (by a module);
 - sizes are computed from the lengths of the inputs, where these tell them (`mstc.graph.lengths`);
 - floats that change from call to call are tensors of no dimension, where an op can read one (`mstc.graph.numbers`).
 """
@@ -60,11 +60,12 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
 
     Raises `NotNormalError` where it holds something that the retracing would lose.
     """
-    folded, written = with_own_memory(functions.fold_vmap(gm))
+    folded = functions.fold_vmap(gm)
+    _refuse_unknown(folded)
+    folded, written = with_own_memory(folded)
     if written is not None:
         told = "a detached tensor is changed in place while what it was detached from is read too"
         raise NotNormalError(told, written.name, source_of(written))
-    _refuse_unknown(folded)
     mode = compat.fake_mode_of(inputs)
     placeholders = folded.graph.find_nodes(op="placeholder")
     fakes = compat.fake_inputs(placeholders, inputs, mode)
@@ -76,6 +77,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     graph = traced.gm.graph
     _write_back(graph, traced.mutated, fakes)
     _carry_metadata(gm, placeholders, traced.gm)
+    _mark_held(traced.gm, inputs)
     _drop_asserts(graph)
     _spell_copies(graph, mode)
     _spell_strided_writes(graph, mode)
@@ -172,6 +174,13 @@ def _carry_metadata(old: fx.GraphModule, placeholders: Sequence[fx.Node], new: f
             after._dynamo_source = before._dynamo_source
         if before.meta.get("stack_trace"):
             after.meta["stack_trace"] = before.meta["stack_trace"]
+
+
+def _mark_held(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Note which inputs modules hold: parameters, and what Dynamo tells to lie at one address (buffers)."""
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        told = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+        node.meta["held"] = isinstance(value, torch.nn.Parameter) or told == "unguarded"
 
 
 def _drop_asserts(graph: fx.Graph) -> None:

@@ -25,6 +25,7 @@ from mstc.graph.editor import has_order
 from mstc.graph.places import Place
 from mstc.graph.rules.call import operands_of
 from mstc.graph.sizes import Size
+from mstc.graph.weights import Weights
 
 aten = torch.ops.aten
 
@@ -71,9 +72,10 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
     regions: list[Region] = []
     order = {node: i for i, node in enumerate(graph.nodes)}
     taken = position_only(graph, axes)
-    for axis, proofs in _token_axes(graph, axes, taken, drawing):
+    weights = Weights(graph)
+    for axis, proofs in _token_axes(graph, axes, weights, taken, drawing):
         for nodes in _components(graph, proofs):
-            if any(_has_weight(n) for n in nodes):
+            if any(weights.in_product(n) for n in nodes):
                 # A sum may be tokenwise along another axis: it belongs to the region that claims it first.
                 sums = [s for s in _sums_of(axes, axis, sorted(nodes, key=order.__getitem__)) if s not in taken]
                 if sums:
@@ -84,7 +86,7 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
 
 
 def _token_axes(
-    graph: fx.Graph, axes: Axes, taken: set[fx.Node], drawing: bool
+    graph: fx.Graph, axes: Axes, weights: Weights, taken: set[fx.Node], drawing: bool
 ) -> Iterator[tuple[Axis, dict[fx.Node, Tokenwise]]]:
     """Axes to cut, best first, with the nodes not ``taken`` that are tokenwise along each.
 
@@ -92,9 +94,9 @@ def _token_axes(
     sequence, and goes before a batch, which nothing mixes. Among equals the axis with the most FLOPs
     in products with weights comes first; where several have nearly the most, the longest.
     """
-    products = [n for n in graph.nodes if _has_weight(n)]
-    features = {a for n in products if (weight := _weight_of(n)) is not None for a in axes.of(weight)}
-    sequences, length = _sequences(graph, axes)
+    products = [n for n in graph.nodes if weights.in_product(n)]
+    features = weights.features(axes, products)
+    sequences, length = _sequences(graph, axes, weights)
     tried: set[Axis] = set()
     while True:
         flops: dict[Axis, float] = {}
@@ -111,7 +113,7 @@ def _token_axes(
         yield best, _proofs(graph, axes, best, taken, drawing)
 
 
-def _sequences(graph: fx.Graph, axes: Axes) -> tuple[set[Axis], dict[Axis, float]]:
+def _sequences(graph: fx.Graph, axes: Axes, weights: Weights) -> tuple[set[Axis], dict[Axis, float]]:
     """Axes whose indices something ties together as attention and scans do; and the length of every axis."""
     sequences: set[Axis] = set()
     length: dict[Axis, float] = {}
@@ -122,7 +124,7 @@ def _sequences(graph: fx.Graph, axes: Axes) -> tuple[set[Axis], dict[Axis, float
             proof = axes.tokenwise(node, axis)
             if isinstance(proof, Tokenwise):
                 length[axis] = _hint(proof.place.n)
-            elif _mixes_like_a_sequence(node, axis, axes):
+            elif _mixes_like_a_sequence(node, axis, axes, weights):
                 sequences.add(axis)
     return sequences, length
 
@@ -273,7 +275,7 @@ def _may_enter(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target not in _LEFT_OUT and not has_order(node)
 
 
-def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes) -> bool:
+def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes, weights: Weights) -> bool:
     """Whether the node ties indices of the axis together as attention and scans do, not as norms and weights do."""
     if node.target is aten.scaled_dot_product_attention.default or axes.flow(node) is None:
         return True
@@ -281,31 +283,7 @@ def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes) -> bool:
         return True
     if len(axes.places(node, axis)) > 1:
         return True
-    return is_heavy(node) and not _has_weight(node)
-
-
-def _has_weight(node: fx.Node) -> bool:
-    """Whether the node is a product with a parameter (or a buffer), perhaps cast or transposed."""
-    return _weight_of(node) is not None
-
-
-def _weight_of(node: fx.Node) -> fx.Node | None:
-    """The operand of a product that is a parameter or a buffer: the right one where both could be."""
-    if not is_heavy(node):
-        return None
-    first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
-    for operand in (node.args[first + 1], node.args[first]):
-        if isinstance(operand, fx.Node) and is_weight(operand):
-            return operand
-    return None
-
-
-def is_weight(node: fx.Node) -> bool:
-    """Whether a value is a parameter or a floating-point input, perhaps cast, viewed or transposed."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    value = node.meta.get("val")
-    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point()
+    return is_heavy(node) and weights.in_product(node) is None
 
 
 def _is_tensor(node: fx.Node) -> bool:

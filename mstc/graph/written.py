@@ -29,11 +29,12 @@ from mstc.graph.costs import hint, is_heavy
 from mstc.graph.editor import has_order
 from mstc.graph.places import Flow, Lost, Place
 from mstc.graph.reach import ancestors, descendants
-from mstc.graph.regions import Region, is_weight, region_of
+from mstc.graph.regions import Region, region_of
 from mstc.graph.rules import flow_of
 from mstc.graph.rules.call import Call, operands_of
 from mstc.graph.rules.pointwise import pointwise
 from mstc.graph.sizes import same, shape_of
+from mstc.graph.weights import is_weight, made_of_weights
 
 aten = torch.ops.aten
 
@@ -263,7 +264,7 @@ def _pairs(node: fx.Node, proof: Tokenwise, keys: Mapping[fx.Node, Place]) -> bo
 
 def _is_matrix(node: fx.Node) -> bool:
     """A weight, not keys: a router's softmax over logits is no attention."""
-    return is_weight(node) and len(shape_of(node.meta["val"])) <= 2
+    return len(shape_of(node.meta["val"])) <= 2 and (is_weight(node) or node in made_of_weights(node.graph))
 
 
 def _between(scores: list[fx.Node], product: fx.Node, rank: Mapping[fx.Node, int]) -> set[fx.Node]:

@@ -70,6 +70,20 @@ def test_writes_to_detached_tensors(fn: Fn, lower: str) -> None:
     assert [("detached" in r) for r in refused] == ([True] if fn is read_after else [])
 
 
+def sharpened(x: Tensor, w: Tensor) -> Tensor:
+    slope = torch.func.grad(lambda v: (x * v).sin().square().sum())(w.detach())
+    return (x * (w + 0.1 * slope)).sin().square().sum()
+
+
+def test_a_detached_tensor_under_a_transform_has_no_memory_to_look_at() -> None:
+    x, w = torch.randn(4, 8), torch.randn(8, requires_grad=True)
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    got = fn_and_gradient(torch.compile(sharpened, backend="mstc", options={"lower": "aot_eager"}), x, w)
+    torch.testing.assert_close(got, fn_and_gradient(sharpened, x, w))
+    assert any("function transform" in r.reason for r in mstc.reports()[0].refusals)
+
+
 def fn_and_gradient(fn: Fn, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     loss = fn(x, w)
     return loss.detach(), torch.autograd.grad(loss, w)[0]

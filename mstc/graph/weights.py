@@ -1,0 +1,89 @@
+"""Weights: what products multiply tokens by, be it a parameter or computed of parameters in the graph.
+
+A head may normalize its weight, merge an adapter into it or round it to few values. What is computed of
+parameters and buffers alone is a weight as they are; but a product of two such values is no work on tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+from mstc.graph.axes import Axes, Axis
+from mstc.graph.costs import is_heavy
+
+aten = torch.ops.aten
+
+
+class Weights:
+    """The weights of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._made = made_of_weights(graph)
+        self._chosen = [n for n in graph.find_nodes(op="placeholder") if _is_integer(n) and not n.meta.get("held")]
+
+    def in_product(self, node: fx.Node) -> fx.Node | None:
+        """The operand of a product that is a weight: the right one where both could be."""
+        if not is_heavy(node):
+            return None
+        first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+        left, right = node.args[first], node.args[first + 1]
+        for operand, other in ((right, left), (left, right)):
+            if isinstance(operand, fx.Node) and (
+                is_weight(operand) or (operand in self._made and other not in self._made)
+            ):
+                return operand
+        return None
+
+    def features(self, axes: Axes, products: list[fx.Node]) -> set[Axis]:
+        """The axes that stand in the weights of products.
+
+        A computed weight may have been repeated over a batch, or stand for positions: axes of the inputs' tokens
+        are not counted for it.
+        """
+        found = [w for n in products if (w := self.in_product(n)) is not None]
+        plain = {a for w in found if is_weight(w) for a in axes.of(w)}
+        computed = {a for w in found if not is_weight(w) for a in axes.of(w)}
+        return plain | computed - {a for n in self._chosen for a in axes.of(n)}
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a value is a parameter or a floating-point input, perhaps cast, viewed or transposed."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
+    """Parameters and buffers, and what is computed of them and of constants alone.
+
+    Rows that are looked up in a table are no weight: positions choose them.
+    """
+    made: set[fx.Node] = set()
+    constants: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.meta.get("held"):
+                made.add(node)
+            elif _is_number(node):
+                constants.add(node)
+        elif node.op == "get_attr" or (node.op == "call_function" and constants.issuperset(node.all_input_nodes)):
+            constants.add(node)
+        elif (
+            node.op == "call_function"
+            and node.target is not aten.embedding.default
+            and all(i in made or i in constants for i in node.all_input_nodes)
+        ):
+            made.add(node)
+    return made
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.dim() == 0
+
+
+def _is_integer(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())

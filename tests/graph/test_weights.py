@@ -1,0 +1,122 @@
+"""Weights that are computed in the graph, of parameters and buffers alone: products with them belong to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mstc.graph.axes import Axes
+from mstc.graph.weights import Weights, made_of_weights
+from testkit.capture import node, normal_graph, randn, regions_of
+from testkit.exactness import chunked, compare
+from testkit.tiny import Tiny, inputs
+
+aten = torch.ops.aten
+
+
+class Head(nn.Module):
+    """Scores of classes by a weight that is computed."""
+
+    scale: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.trunk, self.kind = Tiny(bias=False), kind
+        self.down, self.up = (nn.Parameter(randn(*s)) for s in ((2, 8), (11, 2)))
+        self.register_buffer("scale", torch.rand(11, 1, dtype=torch.float64) + 0.5)
+        if kind == "weight_norm":
+            nn.utils.parametrizations.weight_norm(self.trunk.head)
+
+    def weight(self) -> Tensor:
+        w = self.trunk.head.weight
+        if self.kind == "normalized":
+            return F.normalize(w, dim=-1)
+        if self.kind == "merged":
+            return w + self.up @ self.down
+        if self.kind == "rounded":
+            return w + ((w / self.scale * 8).round() / 8 * self.scale - w).detach()
+        return w
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.trunk.features(x)[:, :-1].flatten(0, 1)
+        return F.cross_entropy(4 * F.normalize(hidden, dim=-1) @ self.weight().T, labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("kind", ["normalized", "merged", "rounded", "weight_norm"])
+def test_heads_of_computed_weights_run_in_chunks(kind: str) -> None:
+    model = Head(kind)
+    found = compare(model, dict(model.named_parameters()), inputs(), chunked(7, 5, "eager"))
+    found.check()
+    (graph,) = found.graphs
+    whole = [n.name for n in graph.graph.nodes if getattr(n.meta.get("val"), "shape", ()) == (2 * 22, 11)]
+    assert found.loops >= 2 and not whole
+
+
+def cosine(x: Tensor, w: Tensor) -> Tensor:
+    return torch.matmul(x, F.normalize(w, dim=-1).transpose(0, 1))
+
+
+def test_a_normalized_parameter_is_the_weight_and_its_axes_are_features() -> None:
+    graph, axes, (region,) = regions_of(cosine, randn(2, 7, 4), nn.Parameter(randn(11, 4)))
+    product = node(graph, aten.matmul.default)
+    assert region.n == 7 and product in region.nodes
+    assert Weights(graph).in_product(product) is product.args[1]
+    assert Weights(graph).features(axes, [product]) == axes.of(product.args[1])
+
+
+def test_what_a_module_does_not_hold_is_no_computed_weight() -> None:
+    """Normalized keys are not: along them it is attention."""
+    graph = normal_graph(lambda x, up, keys: cosine(F.linear(x, up), keys), randn(2, 7, 4), randn(4, 4), randn(11, 4))
+    assert Weights(graph).in_product(node(graph, aten.matmul.default)) is None
+    assert made_of_weights(graph) == set()
+
+
+def test_a_product_of_two_computed_weights_has_none() -> None:
+    """Positions that attend to positions: no work on tokens."""
+
+    def fn(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        return torch.matmul(table * table + queries, (table * keys).transpose(0, 1))
+
+    graph = normal_graph(fn, *(nn.Parameter(randn(7, 4)) for _ in range(3)))
+    assert Weights(graph).in_product(node(graph, aten.matmul.default)) is None
+
+
+def test_axes_of_the_tokens_are_no_features_of_computed_weights() -> None:
+    """Scores of learned positions, added to what the tokens give: their rows are the tokens."""
+
+    def fn(ids: Tensor, table: Tensor, positions: Tensor, turn: Tensor) -> Tensor:
+        x = F.embedding(ids, table) + positions
+        return x + torch.matmul(torch.matmul(x, F.linear(positions, turn).transpose(0, 1)).softmax(-1), x)
+
+    ids = torch.randint(0, 5, (2, 7))
+    graph = normal_graph(fn, ids, *(nn.Parameter(randn(*s)) for s in ((5, 4), (7, 4), (4, 4))))
+    axes, product = Axes(graph), node(graph, aten.matmul.default)
+    weights = Weights(graph)
+    assert weights.in_product(product) is product.args[1]
+    tokens = axes.of(graph.find_nodes(op="placeholder")[0])
+    assert not tokens & weights.features(axes, [product])
+
+
+def test_looked_up_rows_are_no_weight() -> None:
+    def fn(x: Tensor, table: Tensor, at: Tensor) -> Tensor:
+        return torch.matmul(x, F.embedding(at, table).transpose(0, 1))
+
+    graph = normal_graph(fn, randn(2, 7, 4), nn.Parameter(randn(11, 4)), torch.arange(3))
+    assert node(graph, aten.embedding.default) not in made_of_weights(graph)
+
+
+CONSTANTS: list[Callable[[Tensor], Tensor]] = [
+    lambda w: w * torch.eye(4, dtype=w.dtype),
+    lambda w: torch.tril(w) + torch.ones(4, 4, dtype=w.dtype),
+]
+
+
+@pytest.mark.parametrize("change", CONSTANTS)
+def test_constants_may_enter_a_weight(change: Callable[[Tensor], Tensor]) -> None:
+    graph = normal_graph(lambda x, w: torch.matmul(x, change(w)), randn(2, 7, 4), nn.Parameter(randn(4, 4)))
+    product = node(graph, aten.matmul.default)
+    assert Weights(graph).in_product(product) is product.args[1]

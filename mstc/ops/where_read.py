@@ -28,8 +28,9 @@ aten = torch.ops.aten
 WIDENS = 8
 # Copies of a value have at most so many operations each.
 LONGEST_CHAIN = 64
-# Inductor's configuration for such a body: from how many reads and operations on it writes a value to memory.
-SETTINGS = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64, "realize_opcount_threshold": 256}
+# Inductor's configuration for such a body: from how many reads and operations on it writes a value with one reader
+# to memory. What several read stays as it is: a value per token, once inlined, would read the scores at two places.
+SETTINGS = {"realize_acc_reads_threshold": 64, "realize_opcount_threshold": 256}
 # No more copies than this in a body, however its values depend on each other.
 MOST_COPIES = 256
 

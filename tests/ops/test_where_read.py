@@ -26,6 +26,10 @@ def entropy(s: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def focal(log_p: Tensor) -> Tensor:
+    return -((1 - log_p.exp()) ** 2) * log_p
+
+
 def divergence(s: Tensor, t: Tensor) -> Tensor:
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -146,6 +150,7 @@ IN_PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "entropy bonus": lambda s, y: F.cross_entropy(s.flatten(0, 1), y.flatten()) - 0.01 * entropy(s).mean(),
     "entropy by softmax": lambda s, y: (s.logsumexp(-1) - (s.softmax(-1) * s).sum(-1)).mean(),
     "every class a label": lambda s, y: F.binary_cross_entropy_with_logits(s, F.one_hot(y, s.shape[-1]).to(s.dtype)),
+    "focal": lambda s, y: focal(s.log_softmax(-1).gather(-1, y.unsqueeze(-1))).mean(),
     "losses per token too": lambda s, y: F.cross_entropy(s.flatten(0, 1), y.flatten(), reduction="none").sum(),
 }
 

@@ -14,9 +14,10 @@ import torch
 from mstc.errors import OptionError
 from mstc.options import parse_options
 
-__all__ = ["counts", "device", "file_to_write", "folder_to_write", "mstc_options", "names"]
+__all__ = ["counts", "device", "file_option", "folder_option", "mstc_options", "names_option"]
 
 Callback = Callable[[click.Context, click.Parameter, str], tuple[str, ...]]
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def names(allowed: Iterable[str]) -> Callback:
@@ -60,6 +61,21 @@ def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("this torch finds no CUDA device")
     return value
+
+
+def names_option(flag: str, known: Iterable[str], default: Iterable[str], **settings: Any) -> Option:
+    """An option that takes comma-separated names of a list."""
+    return click.option(flag, callback=names(known), metavar="NAME,...", default=",".join(default), **settings)
+
+
+def file_option(flag: str, **settings: Any) -> Option:
+    """An option for a file to write."""
+    return click.option(flag, callback=file_to_write, type=click.Path(dir_okay=False, path_type=Path), **settings)
+
+
+def folder_option(flag: str, **settings: Any) -> Option:
+    """An option for a folder to write to."""
+    return click.option(flag, callback=folder_to_write, type=click.Path(file_okay=False, path_type=Path), **settings)
 
 
 def folder_to_write(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mstc.cli.arguments import folder_to_write, mstc_options
+from mstc.cli.arguments import folder_option, mstc_options
 from mstc.cli.console import make_console
 from mstc.cli.dump_summary import print_difference, print_dump
 from mstc.cli.measured_step import measure_steps
@@ -31,12 +31,7 @@ __all__ = ["dump"]
 @click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options of the backend.")
 @click.option("--seq", type=click.IntRange(1), help="Handed to FUNCTION as seq.")
 @click.option("--device", metavar="NAME", help='Default device while FUNCTION runs; "meta" holds nothing.')
-@click.option(
-    "--out",
-    callback=folder_to_write,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the page, text and JSON.",
-)
+@folder_option("--out", help="Folder for the page, text and JSON.")
 @click.option("--measure", is_flag=True, help="Also run a step of eager and of mstc, and measure its memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than a summary.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Compare two dumps instead.")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mstc.cli.arguments import counts, device, file_to_write, mstc_options, names
+from mstc.cli.arguments import counts, device, file_option, mstc_options, names_option
 from mstc.cli.bench.driver import WorkerError, run_job
 from mstc.cli.bench.job import Job, Result
 from mstc.cli.bench.models import MODELS
@@ -34,11 +34,10 @@ class Runs:
 
 
 @click.command()
-@click.option(
+@names_option(
     "--systems",
-    callback=names(SYSTEMS),
-    metavar="NAME,...",
-    default=",".join(DEFAULT),
+    SYSTEMS,
+    DEFAULT,
     show_default=True,
     help=f"Beside these there are {', '.join(s for s in SYSTEMS if s not in DEFAULT)}.",
 )
@@ -58,15 +57,8 @@ class Runs:
 @click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options for mstc.")
 @click.option("--cold", is_flag=True, help="Compile without any cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than tables.")
-@click.option(
-    "--out", callback=file_to_write, type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write."
-)
-@click.option(
-    "--plot",
-    callback=file_to_write,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="PNG of step times and peaks, over the lengths where there are several.",
-)
+@file_option("--out", help="JSON file to write.")
+@file_option("--plot", help="PNG of step times and peaks, over the lengths where there are several.")
 def bench(
     systems: tuple[str, ...],
     seq: tuple[int, ...],

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mstc.cli.arguments import folder_to_write, mstc_options, names
+from mstc.cli.arguments import folder_option, mstc_options, names_option
 from mstc.cli.bench.driver import WorkerError, run_job
 from mstc.cli.bench.job import Event, Job, Result
 from mstc.cli.bench.summary import as_data, ratios_of, summarize
@@ -31,23 +31,9 @@ _LEARNING_RATE = 3e-3
 @click.command()
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True, help="Training steps.")
 @click.option("--seq", type=click.IntRange(16), default=8192, show_default=True, help="Bytes per sequence.")
-@click.option(
-    "--systems",
-    callback=names(_SYSTEMS),
-    metavar="NAME,...",
-    default=",".join(_SYSTEMS),
-    show_default=True,
-    help="Which of them to train under.",
-)
+@names_option("--systems", _SYSTEMS, _SYSTEMS, show_default=True, help="Which of them to train under.")
 @click.option("--model", type=click.Choice(["llama-bytes", "llama-tiny"]), default="llama-bytes", show_default=True)
-@click.option(
-    "--out",
-    callback=folder_to_write,
-    type=click.Path(file_okay=False, path_type=Path),
-    default="demo_output",
-    show_default=True,
-    help="Folder for demo.png and demo.json.",
-)
+@folder_option("--out", default="demo_output", show_default=True, help="Folder for demo.png and demo.json.")
 @click.option("--options", callback=mstc_options, metavar="JSON", default="{}", help="Options for mstc.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON rather than tables.")
 def demo(

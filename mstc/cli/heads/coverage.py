@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from mstc.cli.arguments import file_to_write, names
+from mstc.cli.arguments import file_option, names_option
 from mstc.cli.environment import describe_versions
 from mstc.cli.heads.programs import PROGRAMS
 from mstc.cli.heads.systems import SYSTEMS
@@ -30,15 +30,9 @@ Records = dict[str, dict[str, dict[str, str]]]
 
 
 @click.command()
-@click.option("--systems", callback=names(COMPARED), metavar="NAME,...", default=",".join(COMPARED), show_default=True)
-@click.option("--programs", callback=names(PROGRAMS), metavar="NAME,...", default=",".join(PROGRAMS))
-@click.option(
-    "--out",
-    callback=file_to_write,
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    help="JSON file; kept and added to.",
-)
+@names_option("--systems", COMPARED, COMPARED, show_default=True)
+@names_option("--programs", PROGRAMS, PROGRAMS)
+@file_option("--out", required=True, help="JSON file; kept and added to.")
 @click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="Page whose table is replaced.")
 def coverage(systems: tuple[str, ...], programs: tuple[str, ...], out: Path, page: Path | None) -> None:
     """Run every program on every system; write the outcomes as JSON and as a table."""

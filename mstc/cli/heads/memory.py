@@ -18,7 +18,7 @@ from typing import TypedDict, Unpack
 import click
 import torch
 
-from mstc.cli.arguments import file_to_write, names
+from mstc.cli.arguments import file_option, names_option
 from mstc.cli.bench.meter import MB, meter_for
 from mstc.cli.console import make_console, make_progress, make_table, number
 from mstc.cli.environment import describe_machine, describe_versions
@@ -107,16 +107,14 @@ def _measure_apart(job: Job) -> Measured | str:
 
 
 @click.command()
-@click.option("--systems", callback=names(SYSTEMS), metavar="NAME,...", default="eager,mstc,linear_ce,auto_chunker")
-@click.option("--programs", callback=names(PROGRAMS), metavar="NAME,...", default="mean", show_default=True)
+@names_option("--systems", SYSTEMS, ("eager", "mstc", "linear_ce", "auto_chunker"))
+@names_option("--programs", PROGRAMS, ("mean",), show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=8192, show_default=True)
 @click.option("--width", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(2), default=128000, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Measured steps.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option(
-    "--out", callback=file_to_write, type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write."
-)
+@file_option("--out", help="JSON file to write.")
 @click.option("--worker", hidden=True, help="Measure this job, as JSON, in this process.")
 def memory(
     systems: tuple[str, ...], programs: tuple[str, ...], out: Path | None, worker: str | None, **work: Unpack[Work]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from mstc.cli.arguments import file_to_write
+from mstc.cli.arguments import file_option
 from mstc.cli.console import make_console, make_progress, make_table
 from mstc.cli.plan.answer import Answer, answer, steps_of
 from mstc.cli.plan.models import SHIPPED, target_of
@@ -37,12 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw-bf16", show_default=True)
 @click.option("--sweep", type=click.Choice(["chunks"]), help="Time and peak against the number of mini-sequences.")
-@click.option(
-    "--plot",
-    callback=file_to_write,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="PNG of time against memory budget.",
-)
+@file_option("--plot", help="PNG of time against memory budget.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -27,12 +28,18 @@ def is_heavy(node: fx.Node) -> bool:
     return node.target in _MATMULS
 
 
+def operands_of_product(node: fx.Node) -> tuple[Any, Any]:
+    """The left and the right factor of a matrix product, behind what is added to it, if anything."""
+    first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    return node.args[first], node.args[first + 1]
+
+
 def matmul_flops(node: fx.Node) -> float:
     """FLOPs of a matrix product, 0 for anything else. Symbolic sizes count by their hint."""
     if not is_heavy(node):
         return 0.0
     operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    left = node.args[1] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[0]
+    left, _ = operands_of_product(node)
     assert isinstance(left, fx.Node) and operands
     inner = hint(left.meta["val"].shape[-1]) if left.meta["val"].dim() else 1
     return 2.0 * numel(node) * inner

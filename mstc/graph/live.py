@@ -134,7 +134,7 @@ def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]
 
 
 def written(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes whose values exist in memory when pointwise chains are fused, in the order of their last writer."""
+    """The nodes whose values exist in memory when pointwise chains are fused, each once."""
     made: dict[fx.Node, None] = {}
     for node in graph.nodes:
         opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)

@@ -23,6 +23,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph import functions
 from mstc.graph.detached import with_own_memory
+from mstc.graph.editor import Editor
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
@@ -79,8 +80,9 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _carry_metadata(gm, placeholders, traced.gm)
     _mark_held(traced.gm, inputs)
     _drop_asserts(graph)
+    _note_effects(graph)
     _spell_copies(graph, mode)
-    _spell_strided_writes(graph, mode)
+    _spell_strided_writes(traced.gm)
     _fold_grad_mode(graph, fakes, grad_mode)
     size_by_inputs(traced.gm)
     numbers_as_tensors(traced.gm)
@@ -184,11 +186,16 @@ def _mark_held(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def _drop_asserts(graph: fx.Graph) -> None:
-    """Retracing checked them; they would only keep their inputs alive. Those of sizes that data decides stay."""
+    """Retracing checked them; they would only keep their inputs alive."""
     for node in list(graph.nodes):
         if node.target in _ASSERTS and not node.users:
             graph.erase_node(node)
-        elif isinstance(node.target, compat.OpOverload) and not node.target._schema.returns:
+
+
+def _note_effects(graph: fx.Graph) -> None:
+    """Checks of sizes that data decide return nothing: None is their value."""
+    for node in graph.nodes:
+        if isinstance(node.target, compat.OpOverload) and not node.target._schema.returns:
             node.meta.setdefault("val", None)
 
 
@@ -210,9 +217,11 @@ def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
         graph.erase_node(node)
 
 
-def _spell_strided_writes(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
+def _spell_strided_writes(gm: fx.GraphModule) -> None:
     """``as_strided_scatter`` (of ``fill_diagonal_``) has a wrong derivative in PyTorch: a scatter instead."""
-    for node in graph.find_nodes(op="call_function", target=aten.as_strided_scatter.default):
+    found = gm.graph.find_nodes(op="call_function", target=aten.as_strided_scatter.default)
+    editor = Editor(gm)
+    for node in found:
         x, source, size, stride, *given = node.args
         whole = x.meta["val"]
         offset = given[0] if given else whole.storage_offset()
@@ -220,26 +229,16 @@ def _spell_strided_writes(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
             raise NotNormalError(
                 "a strided view of a tensor of dynamic size or not contiguous is written to", node.name
             )
-        call = partial(_call_before, node, mode)
+        call = partial(editor.call, like=node)
         places: Any = offset - whole.storage_offset()
         for n, step in zip(size, stride, strict=True):
-            along = call(aten.mul.Tensor, call(aten.arange.default, n, device=whole.device), step)
-            rest = call(aten.unsqueeze.default, places, -1) if isinstance(places, fx.Node) else places
-            places = call(aten.add.Tensor, along, rest)
-        flat, places, values = (call(aten.reshape.default, v, [-1]) for v in (x, places, source))
-        written = call(aten.scatter.src, flat, 0, places, values)
-        node.replace_all_uses_with(call(aten.reshape.default, written, list(whole.shape)))
-        graph.erase_node(node)
-
-
-def _call_before(node: fx.Node, mode: compat.FakeTensorMode, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call in front of ``node``, with its provenance."""
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, args, kwargs)
-    with mode:
-        plain, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        made.meta = {**node.meta, "val": target(*plain, **named)}
-    return made
+            along = call(aten.mul.Tensor, (call(aten.arange.default, (n,), {"device": whole.device}), step))
+            rest = call(aten.unsqueeze.default, (places, -1)) if isinstance(places, fx.Node) else places
+            places = call(aten.add.Tensor, (along, rest))
+        flat, places, values = (call(aten.reshape.default, (v, [-1])) for v in (x, places, source))
+        written = call(aten.scatter.src, (flat, 0, places, values))
+        node.replace_all_uses_with(call(aten.reshape.default, (written, list(whole.shape))))
+        gm.graph.erase_node(node)
 
 
 def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:

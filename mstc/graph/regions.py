@@ -12,7 +12,7 @@ belong to it: they end it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,8 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
     """
     regions: list[Region] = []
     order = {node: i for i, node in enumerate(graph.nodes)}
-    taken = position_only(graph, axes)
+    outside = position_only(graph)
+    taken = set(outside)
     weights = Weights(graph)
     for axis, proofs in _token_axes(graph, axes, weights, taken, drawing):
         for nodes in _components(graph, proofs):
@@ -79,7 +80,7 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
                 # A sum may be tokenwise along another axis: it belongs to the region that claims it first.
                 sums = [s for s in _sums_of(axes, axis, sorted(nodes, key=order.__getitem__)) if s not in taken]
                 if sums:
-                    nodes |= wide_targets(graph, axes, axis, {*nodes, *sums})
+                    nodes |= wide_targets(outside, axes, axis, {*nodes, *sums})
                 regions.append(make_region(axes, axis, nodes, sums))
                 taken |= {*nodes, *sums}
     return sorted(regions, key=lambda r: order[r.nodes[0]])
@@ -142,20 +143,20 @@ def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node], dra
     return proofs
 
 
-def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
+def position_only(graph: fx.Graph) -> dict[fx.Node, None]:
     """Values made of constants, integers and tables without tokens only: positions, rotary angles, masks.
 
     They are small and shared by all layers, so they stay outside regions and enter as inputs. What is made of
     random draws is neither.
     """
-    found: set[fx.Node] = set()
+    found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op in ("placeholder", "get_attr"):
             if isinstance(value, torch.Tensor) and (value.is_floating_point() and value.dim() > 1):
                 continue
             if not node.meta.get("needs_grad"):
-                found.add(node)
+                found[node] = None
         elif (
             node.op == "call_function"
             and not node.meta.get("needs_grad")
@@ -163,17 +164,19 @@ def position_only(graph: fx.Graph, axes: Axes) -> set[fx.Node]:
             and not has_order(node)
             and all(i in found for i in node.all_input_nodes)
         ):
-            found.add(node)
+            found[node] = None
     return found
 
 
-def wide_targets(graph: fx.Graph, axes: Axes, axis: Axis, members: set[fx.Node]) -> set[fx.Node]:
-    """What only these members read and is much larger than the labels it is made of: one-hot targets, smoothed ones."""
-    outside = position_only(graph, axes)
+def wide_targets(outside: Collection[fx.Node], axes: Axes, axis: Axis, members: set[fx.Node]) -> set[fx.Node]:
+    """What only these members read and is much larger than the labels it is made of: one-hot targets, smoothed ones.
+
+    outside: what `position_only` found, in the order of the graph.
+    """
     cone: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
+    for node in reversed([n for n in outside if n.op == "call_function"]):
         readers = set(node.users)
-        if node not in outside or node.op != "call_function" or not readers or not readers <= members | cone:
+        if not readers or not readers <= members | cone:
             continue
         if isinstance(axes.tokenwise(node, axis), Tokenwise):
             cone.add(node)

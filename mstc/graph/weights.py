@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis
-from mstc.graph.costs import is_heavy
+from mstc.graph.costs import is_heavy, operands_of_product
 
 aten = torch.ops.aten
 
@@ -26,8 +26,7 @@ class Weights:
         """The operand of a product that is a weight: the right one where both could be."""
         if not is_heavy(node):
             return None
-        first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
-        left, right = node.args[first], node.args[first + 1]
+        left, right = operands_of_product(node)
         for operand, other in ((right, left), (left, right)):
             if isinstance(operand, fx.Node) and (
                 is_weight(operand) or (operand in self._made and other not in self._made)

@@ -10,6 +10,7 @@ the gradient comes last, so that it can be written over the scores.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.graph.costs import is_heavy, numel
+from mstc.graph.costs import is_heavy, numel, operands_of_product
 from mstc.graph.live import is_fusible, is_view, root_of, written
 from mstc.graph.reach import ancestors, descendants
 from mstc.ops.writer import Writer
@@ -73,7 +74,7 @@ def compute_where_read(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
 def _widens(node: fx.Node) -> bool:
     if not is_heavy(node):
         return False
-    left = node.args[1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0]
+    left, _ = operands_of_product(node)
     return isinstance(left, fx.Node) and numel(node) >= WIDENS * numel(left)
 
 
@@ -100,15 +101,15 @@ def _come_last(gradient: fx.Node, wide: set[fx.Node]) -> None:
 
 def _narrow_operand(gradient: fx.Node, wide: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
     """The nearest operand of a pointwise chain that is not of all classes, and the node of the chain that reads it."""
-    stack, seen = [gradient], {gradient}
-    while stack:
-        reader = stack.pop(0)
+    waiting, seen = deque([gradient]), {gradient}
+    while waiting:
+        reader = waiting.popleft()
         for operand in reader.all_input_nodes:
             if root_of(operand) not in wide and operand.meta["val"].is_floating_point():
                 return reader, operand
             if operand not in seen and (is_fusible(operand) or is_view(operand)):
                 seen.add(operand)
-                stack.append(operand)
+                waiting.append(operand)
     return None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.fx as fx
 
-from mstc import compat, compat_autocast
+from mstc import compat, compat_autocast, compat_kernels
 from mstc.assume import guarded, marked_inputs, marking, offered_buffers
 from mstc.dump.environment import versions
 from mstc.dump.observer import Observer, observe
@@ -66,6 +68,12 @@ def _plain(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: st
     return lower(gm, inputs, options.lower, mode_settings(mode))
 
 
+def _kernels_of(options: Options, inputs: Sequence[Any]) -> AbstractContextManager[None]:
+    """What a graph is compiled in: on the CPU its kernels are built while other parts of it are lowered."""
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
+    return compat_kernels.built_together() if options.lower == "inductor" and devices <= {"cpu"} else nullcontext()
+
+
 def _rewritten(
     original: fx.GraphModule,
     form: NormalForm,
@@ -80,7 +88,7 @@ def _rewritten(
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
     ctx.facts["marked"] = dict(marked_inputs(form.gm, inputs))
-    with compat_autocast.off_at_run_time():
+    with compat_autocast.off_at_run_time(), _kernels_of(options, inputs):
         run(form.gm, ctx, report, stages, observer.watch(form.training))
         observer.rewritten(form.gm)
         settings = mode_settings(mode, report if has_loops(form.gm) else None)

@@ -27,7 +27,8 @@ def lower(
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
     offloads = offloads_of(gm)
     backend = compat.partitioning_by(name, offload_saved, offloads) if offloads else compat.lower_with(name)
-    compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
+    with compat.allocating_by(empty_strided):
+        compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
     return compiled
 
 
@@ -65,7 +66,6 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
         with (
             compat.isolated_tracing(mode),
             compat.without_cudagraphs(),
-            compat.allocating_by(empty_strided),
             torch.no_grad(),
         ):
             return lower(gm, fakes, name, gm.meta.get("settings"))

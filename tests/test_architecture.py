@@ -22,6 +22,7 @@ FLOORS = {
     "mstc.compat": 0,
     "mstc.compat_autocast": 0,
     "mstc.compat_errors": 0,
+    "mstc.compat_kernels": 0,
     "mstc.graph": 1,
     "mstc.ops": 1,
     "mstc.kernels": 1,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mstc.cli.arguments import device as device_argument
 from mstc.cli.console import make_console, make_progress, make_table
 from mstc.cli.plan.draft import capture
+from mstc.ops.pages import empty_strided
 from mstc.plan.devices import Device, local, store, stored
 
 __all__ = ["calibrate"]
@@ -164,7 +165,7 @@ def _transfer(m: Measured) -> None:
         m.link = host.numel() / _timed(m, lambda: there.copy_(host, non_blocking=True))
     else:
         x = torch.ones(64 * MIB, dtype=torch.uint8)
-        m.link = x.numel() / _timed(m, x.clone)
+        m.link = x.numel() / _timed(m, lambda: empty_strided(x.shape, x.stride(), x.dtype).copy_(x))
 
 
 def _collective(m: Measured) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from mstc.graph.costs import hint
 from mstc.graph.sizes import Size, shape_of
+from mstc.ops.pages import empty_strided
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def dense(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     if all(a == b for a, b, n in zip(x.stride(), want, x.shape, strict=True) if n != 1):
         # Strides of dimensions of size 1 reach no element, but kernels read a memory format off all strides.
         return x if x.stride() == want else x.as_strided(x.shape, want)
-    return torch.empty_strided(x.shape, want, dtype=x.dtype, device=x.device).copy_(x)
+    return empty_strided(x.shape, want, x.dtype, x.device).copy_(x)
 
 
 def empty(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty_strided(tuple(shape), dense_strides(shape, order), dtype=dtype, device=device)
+    return empty_strided(shape, dense_strides(shape, order), dtype, device)
 
 
 def balanced(n: int, count: int) -> list[tuple[int, int]]:

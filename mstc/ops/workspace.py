@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mstc import compat
+from mstc.ops import pages
 
 # Smaller blocks come from the heap of the C library, which does reuse them.
 _SMALLEST = 64 * 1024
@@ -34,7 +35,7 @@ class Workspace:
             return torch.empty_strided(shape, stride, dtype=dtype)
         storage = self._free(size)
         if storage is None:
-            fresh = torch.empty_strided(shape, stride, dtype=dtype)
+            fresh = pages.empty_strided(shape, stride, dtype)
             self._storages.append(fresh.untyped_storage())
             return fresh
         return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(stride))
@@ -64,7 +65,7 @@ def workspace() -> Iterator[None]:
 
 
 def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """What compiled bodies call for a CPU buffer; outside a loop it is `torch.empty_strided`."""
+    """What compiled code calls for a CPU buffer; outside a loop it comes from the system."""
     if _active.workspace is None:
-        return torch.empty_strided(shape, stride, dtype=dtype)
+        return pages.empty_strided(shape, stride, dtype)
     return _active.workspace.empty_strided(shape, stride, dtype)

@@ -1,0 +1,43 @@
+"""When Inductor builds the C++ kernels of what it compiled: private PyTorch APIs, each with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch._dynamo import compiled_autograd
+from torch._functorch import config as functorch_config
+from torch._inductor.async_compile import AsyncCompile
+
+__all__ = ["built_together"]
+
+
+@contextlib.contextmanager
+def built_together() -> Iterator[None]:
+    """Have what this thread compiles meanwhile wait for its C++ kernels at the end of the block, all at once.
+
+    The module that Inductor writes for a graph hands its kernels to compiler processes and, as its last line, waits
+    for them (``AsyncCompile.wait``); there is no public way to wait later. The bodies of the loops are many small
+    graphs: while the kernels of one are built, the next can be lowered. Nothing that was compiled may run before
+    the block ends. So that the backward's kernels are built together with the others, it is compiled with the
+    forward and not on its first call, unless compiled autograd is to compile it.
+    """
+    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    plain, thread = AsyncCompile.wait, threading.get_ident()
+
+    def later(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            waiting.append((compiler, scope))
+        else:
+            plain(compiler, scope)
+
+    AsyncCompile.wait = later  # type: ignore[assignment, method-assign]
+    try:
+        with functorch_config.patch(force_non_lazy_backward_lowering=not compiled_autograd.compiled_autograd_enabled):
+            yield
+    finally:
+        AsyncCompile.wait = plain  # type: ignore[method-assign]
+        for compiler, scope in waiting:
+            plain(compiler, scope)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from mstc import compat, compat_autocast, compat_kernels
+from mstc import compat
 from mstc.assume import guarded, marked_inputs, marking, offered_buffers
+from mstc.compat import autocast, building
 from mstc.dump.environment import versions
 from mstc.dump.observer import Observer, observe
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
@@ -71,7 +72,7 @@ def _plain(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mode: st
 def _kernels_of(options: Options, inputs: Sequence[Any]) -> AbstractContextManager[None]:
     """What a graph is compiled in: on the CPU its kernels are built while other parts of it are lowered."""
     devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
-    return compat_kernels.built_together() if options.lower == "inductor" and devices <= {"cpu"} else nullcontext()
+    return building.built_together() if options.lower == "inductor" and devices <= {"cpu"} else nullcontext()
 
 
 def _rewritten(
@@ -88,7 +89,7 @@ def _rewritten(
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
     ctx.facts["marked"] = dict(marked_inputs(form.gm, inputs))
-    with compat_autocast.off_at_run_time(), _kernels_of(options, inputs):
+    with autocast.off_at_run_time(), _kernels_of(options, inputs):
         run(form.gm, ctx, report, stages, observer.watch(form.training))
         observer.rewritten(form.gm)
         settings = mode_settings(mode, report if has_loops(form.gm) else None)
@@ -96,7 +97,7 @@ def _rewritten(
     if stages:
         dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
         compiled = verifying(compiled, stages, dropped)
-    compiled = compat_autocast.running_without(compiled)
+    compiled = autocast.running_without(compiled)
     outputs = list(form.gm.graph.output_node().args[0])  # type: ignore[arg-type]
     marks = {i: ctx.facts["output_marks"][n] for i, n in enumerate(outputs) if n in ctx.facts.get("output_marks", {})}
     if marks:

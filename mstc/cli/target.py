@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mstc.compat_errors import quiet_tracing, raised_by_backend, unwrapped
+from mstc.compat.errors import quiet_tracing, raised_by_backend, unwrapped
 from mstc.errors import DumpError, MstcError
 
 __all__ = ["Call", "call_of", "said", "tracing"]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from mstc import compat, compat_autocast
+from mstc import compat
+from mstc.compat import autocast
 from mstc.dump.environment import command_line, versions
 from mstc.dump.files import Drawn
 from mstc.dump.model import Dump, GraphDump
@@ -77,7 +78,7 @@ def _explain_graph(captured: compat.Captured, options: Options, report: Report) 
     report.timings["normal_form"] = time.perf_counter() - started
     recording = Recording(form.training)
     ctx = Context(options, form.training, compile_body=_not_compiled, explained=True)
-    with compat_autocast.off_at_run_time():
+    with autocast.off_at_run_time():
         run(form.gm, ctx, report, watcher=recording)
     return recording.finish(form.gm, report)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from mstc import compat
 from mstc.graph.provenance import source_of
@@ -124,7 +125,7 @@ class Editor:
     def recompute(self, node: fx.Node, block: int, what: str) -> None:
         """Tag a node and its results to be run again in the backward rather than kept."""
         for tagged in (node, *(u for u in node.users if u.target is operator.getitem)):
-            tagged.meta["recompute"] = compat.CheckpointPolicy.MUST_RECOMPUTE
+            tagged.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             tagged.meta["ac_graph_id"] = block
         self.edits.append(Edit(self.pass_name, what, (node.name,), (), source_of(node)))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from mstc.compat_autocast import no_autocast
+from mstc.compat.autocast import no_autocast
 from mstc.errors import LoopError
 from mstc.ops.accumulate import Accumulators
 from mstc.ops.body import Value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mstc import compat
+from mstc.compat import inductor
 from mstc.kernels.common import segments
 from mstc.kernels.selective_scan import blocks
 
@@ -39,7 +40,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]
         made.append((function, [e.shape for e in examples], threads))
         return function
 
-    monkeypatch.setattr(compat, "compile_for", compile_for)
+    for where in (compat, inductor):
+        monkeypatch.setattr(where, "compile_for", compile_for)
     for clear in (segments._compiled.cache_clear, blocks._compile.cache_clear):
         clear()
     yield made

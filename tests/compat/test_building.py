@@ -14,7 +14,8 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 
-from mstc import compat, compat_kernels
+from mstc import compat
+from mstc.compat import building
 from testkit.tiny import Tiny, inputs, step
 
 
@@ -40,7 +41,7 @@ def compiled(shift: float) -> Callable[..., Any]:
 
 def test_two_graphs_wait_once_at_the_end(order: list[str]) -> None:
     x = torch.randn(8)
-    with compat_kernels.built_together():
+    with building.built_together():
         first = compiled(0.25)
         second = compiled(0.75)
         order.append("end")
@@ -53,7 +54,7 @@ def test_what_was_compiled_before_an_error_can_be_run(order: list[str]) -> None:
     made = []
 
     def failing() -> None:
-        with compat_kernels.built_together():
+        with building.built_together():
             made.append(compiled(1.25))
             raise ValueError("stop")
 
@@ -71,7 +72,7 @@ def test_other_threads_wait_as_ever(order: list[str]) -> None:
         AsyncCompile().wait(scope)
         order.append("aside")
 
-    with compat_kernels.built_together():
+    with building.built_together():
         thread = threading.Thread(target=aside)
         thread.start()
         thread.join()
@@ -99,6 +100,6 @@ def test_a_step_is_built_whole_before_it_runs(order: list[str]) -> None:
 
 
 def test_only_what_inductor_lowers_is_built_together(order: list[str]) -> None:
-    with mock.patch.object(compat_kernels, "built_together") as together:
+    with mock.patch.object(building, "built_together") as together:
         _step("aot_eager", order)
     assert not together.called and order == ["compiled"]

@@ -1,4 +1,4 @@
-"""When Inductor builds the C++ kernels of what it compiled: private PyTorch APIs, each with its reason."""
+"""When Inductor builds the C++ kernels of what it compiled; it waits for them where only private names reach."""
 
 from __future__ import annotations
 

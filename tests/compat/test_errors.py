@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mstc.compat_errors import quiet_tracing, raised_by_backend, unwrapped
+from mstc.compat.errors import quiet_tracing, raised_by_backend, unwrapped
 
 
 def _error(fn: Any, backend: Any, caplog: pytest.LogCaptureFixture) -> Exception:

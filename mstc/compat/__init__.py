@@ -1,0 +1,92 @@
+"""Every private PyTorch API that mstc uses, each with its reason, by theme.
+
+Versions checked: 2.13 by running; 2.11 and 2.12 by reading their sources. Nothing else in
+mstc may import a private name of torch (a test holds this).
+
+The modules `autocast`, `building` and `errors` are used by name; what the others offer stands here as well.
+"""
+
+from mstc.compat.captured import Captured, capture
+from mstc.compat.dynamo import (
+    autograd_function_apply,
+    data_of,
+    input_kind,
+    input_name,
+    is_buffer,
+    is_checkpoint,
+    is_grad_mode_switch,
+    is_transform_switch,
+    name_constants,
+    trace_with_constants,
+    vmap_step,
+)
+from mstc.compat.fakes import (
+    FakeTensor,
+    FakeTensorMode,
+    fake_inputs,
+    fake_mode_of,
+    fake_mode_of_values,
+    isolated_tracing,
+)
+from mstc.compat.inductor import (
+    compile_by_shape,
+    compile_for,
+    count_auto_chunkings,
+    draws_as_eager,
+    mode_settings,
+    set_activation_memory_budget,
+    without_cudagraphs,
+)
+from mstc.compat.logs import compile_name, trace_artifact, tracing_to_file
+from mstc.compat.lowering import lower_with, partitioning_by
+from mstc.compat.memory import allocating_by, references
+from mstc.compat.ops import HigherOrderOperator, OpOverload, TorchDispatchMode, get_decompositions, tree_leaves
+from mstc.compat.symbols import example_of, keeps_guards, symbolic_lengths
+from mstc.compat.tracing import Traced, trace_flat, trace_functional
+
+__all__ = [
+    "Captured",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "TorchDispatchMode",
+    "Traced",
+    "allocating_by",
+    "autograd_function_apply",
+    "capture",
+    "compile_by_shape",
+    "compile_for",
+    "compile_name",
+    "count_auto_chunkings",
+    "data_of",
+    "draws_as_eager",
+    "example_of",
+    "fake_inputs",
+    "fake_mode_of",
+    "fake_mode_of_values",
+    "get_decompositions",
+    "input_kind",
+    "input_name",
+    "is_buffer",
+    "is_checkpoint",
+    "is_grad_mode_switch",
+    "is_transform_switch",
+    "isolated_tracing",
+    "keeps_guards",
+    "lower_with",
+    "mode_settings",
+    "name_constants",
+    "partitioning_by",
+    "references",
+    "set_activation_memory_budget",
+    "symbolic_lengths",
+    "trace_artifact",
+    "trace_flat",
+    "trace_functional",
+    "trace_with_constants",
+    "tracing_to_file",
+    "tree_leaves",
+    "vmap_step",
+    "without_cudagraphs",
+]

@@ -1,0 +1,60 @@
+"""Fake tensors: shapes and dtypes without memory, and the mode under which a graph is evaluated on them.
+
+The classes are private, as is the tracing context in which Dynamo keeps the mode of the running compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "fake_inputs", "fake_mode_of", "fake_mode_of_values", "isolated_tracing"]
+
+
+def fake_mode_of(values: Sequence[object]) -> FakeTensorMode:
+    """The fake mode of the running compilation, or that of the first fake tensor in ``values``."""
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_mode_of_values(values: Sequence[object]) -> FakeTensorMode:
+    """The fake mode of the first fake tensor in ``values``, whatever compilation is running."""
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+
+
+def fake_inputs(placeholders: Sequence[fx.Node], inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Fake versions of a backend's example inputs.
+
+    A backend gets real tensors, but fake ones under DDP's optimizer. The tracing context's
+    symbolic context and source go along: without them new symbols and guards would appear.
+    """
+    context = TracingContext.try_get()
+    fakes: list[Any] = []
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, FakeTensor) and value.fake_mode is mode:
+            fakes.append(value)
+        elif isinstance(value, torch.Tensor):
+            symbolic = context.tensor_to_context.get(value) if context is not None else None  # type: ignore[no-untyped-call]
+            source = symbolic.tensor_source if symbolic is not None else None
+            fakes.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
+        else:
+            fakes.append(node.meta.get("example_value", value))
+    return fakes
+
+
+@contextlib.contextmanager
+def isolated_tracing(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """A tracing context of its own, so that compiling a body inside a backend leaves the outer one alone."""
+    with tracing(TracingContext(mode) if mode is not None else None):
+        yield

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from mstc.ops.joint import Backward
 from mstc.ops.pieces import empty
-from mstc.ops.program import Backward, Program
+from mstc.ops.program import Program
 
 
 class Accumulators:

@@ -22,9 +22,9 @@ from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
 from mstc.ops.dynamic import DynamicBodies
-from mstc.ops.joint import BackwardBody, Joint, backward_body, trace_joint
+from mstc.ops.joint import Backward, BackwardBody, Joint, backward_body, trace_joint
 from mstc.ops.pieces import balanced
-from mstc.ops.program import Backward, BodyCosts, Program
+from mstc.ops.program import BodyCosts, Program
 from mstc.ops.where_read import compute_where_read
 
 Call = Callable[..., Any]
@@ -109,13 +109,13 @@ class _Cost:
 
 @dataclass(frozen=True)
 class _Traced:
-    """A forward body, its joint graph with the backward (where there is one), and the fakes of inputs and results."""
+    """A forward body and a backward body (where there is one), and the fakes of inputs and results."""
 
     mode: compat.FakeTensorMode
     body: fx.GraphModule
     fakes: list[torch.Tensor]
     results: list[torch.Tensor]
-    joint: BackwardBody | None
+    backward: BackwardBody | None
 
     def costs(self, length: int, fused: bool) -> BodyCosts:
         """What forward and backward body cost for chunks of that length."""
@@ -123,17 +123,17 @@ class _Traced:
             forward = compat.trace_flat(self.body, self.fakes)
         pooled = fused and bool(self.fakes) and self.fakes[0].device.type == "cpu"
         a, b = _Cost.of(forward, fused, pooled), _Cost()
-        if self.joint is not None:
-            b = _Cost.of(self.joint.gm, fused, pooled)
-            products, factors = self._product_flops(self.joint), len(self.joint.factors)
+        if self.backward is not None:
+            b = _Cost.of(self.backward.gm, fused, pooled)
+            products, factors = self._product_flops(self.backward), len(self.backward.call.factors)
             b = replace(b, flops=b.flops + products, kernels=b.kernels + factors)
         return BodyCosts(length, (a.flops, b.flops), (a.live, b.live), (a.kernels, b.kernels), (a.largest, b.largest))
 
     @staticmethod
-    def _product_flops(joint: BackwardBody) -> float:
-        """Of the products dy^T x, which the loop computes from what the joint graph returns."""
-        returned: Any = joint.gm.graph.output_node().args[0]
-        pairs = [(returned[f.x].meta["val"], returned[f.dy].meta["val"]) for f in joint.factors]
+    def _product_flops(body: BackwardBody) -> float:
+        """Of the products dy^T x, which the loop computes from what the backward body returns."""
+        returned: Any = body.gm.graph.output_node().args[0]
+        pairs = [(returned[f.x].meta["val"], returned[f.dy].meta["val"]) for f in body.call.factors]
         return float(sum(2 * x.numel() * dy.shape[-1] for x, dy in pairs))
 
 
@@ -194,7 +194,7 @@ class _Builder:
         first = next(iter(made.values()))
         program = self._program(
             key,
-            first.traced.joint,
+            first.traced.backward,
             {length: b.forward for length, b in made.items() if b.forward is not None},
             {length: b.backward for length, b in made.items() if b.backward is not None},
         )
@@ -211,7 +211,7 @@ class _Builder:
 
         def special(values: Sequence[int]) -> tuple[Call | None, Call | None]:
             own = self._compile(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)), ())
-            return own.forward, _as_laid_out(own, made.traced.joint)
+            return own.forward, _as_laid_out(own, made.traced.backward)
 
         def measure() -> BodyCosts:
             values = [examples[s] for s in names]
@@ -219,7 +219,7 @@ class _Builder:
             return own.costs(examples[LENGTH], self.recipe.fused)
 
         bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
-        program = self._program(key, made.traced.joint, {}, {})
+        program = self._program(key, made.traced.backward, {}, {})
         known = tuple(examples[s] for s in lengths)
         return replace(
             program, lengths=lengths, examples=known, longest=self.recipe.longest, dynamic=bodies, measure=measure
@@ -234,11 +234,11 @@ class _Builder:
     ) -> _Bodies:
         """The bodies for these lengths; ``inputs`` are those that the body takes as inputs."""
         t = self.trace(mode, body, lengths, inputs)
-        forward = None if self.recipe.loss and t.joint is not None else self.compiler(t.body, [*t.fakes, *inputs])
-        if t.joint is None:
+        forward = None if self.recipe.loss and t.backward is not None else self.compiler(t.body, [*t.fakes, *inputs])
+        if t.backward is None:
             return _Bodies(forward, None, t)
-        arguments = [*_inputs(t.joint, t.fakes, t.results, len(self.tokens)), *inputs]
-        return _Bodies(forward, self.compiler(t.joint.gm, arguments), t)
+        arguments = [*_inputs(t.backward.call, t.fakes, t.results, len(self.tokens)), *inputs]
+        return _Bodies(forward, self.compiler(t.backward.gm, arguments), t)
 
     def trace(
         self,
@@ -256,7 +256,7 @@ class _Builder:
             if self.recipe.fused:
                 use_class_sums(made.gm.graph)
                 made.gm.recompile()
-                arguments = _inputs(made, fakes, results, len(self.tokens))
+                arguments = _inputs(made.call, fakes, results, len(self.tokens))
                 with compat.isolated_tracing(mode):
                     made = replace(made, gm=compute_where_read(made.gm, [*arguments, *inputs]))
         if self.recipe.fused and not (self.recipe.loss and made is not None):
@@ -287,8 +287,9 @@ class _Builder:
     ) -> Program:
         recipe = self.recipe
         token_needs, shared_needs = self.token_needs, self.shared_needs
-        if traced is not None:
-            token_needs, shared_needs = tuple(map(bool, traced.token_sources)), tuple(map(bool, traced.shared_sources))
+        call = traced.call if traced is not None else None
+        if call is not None:
+            token_needs, shared_needs = tuple(map(bool, call.token_sources)), tuple(map(bool, call.shared_sources))
         return Program(
             key,
             recipe.label,
@@ -301,7 +302,8 @@ class _Builder:
             token_needs,
             shared_needs,
             forward,
-            _backward(traced, backward) if traced is not None else None,
+            backward,
+            call,
             recipe.accumulate,
         )
 
@@ -323,9 +325,10 @@ def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:
 
     The same node may serve as two results at one length and not at another.
     """
-    a, b, run = own.traced.joint, general, own.backward
-    if a is None or b is None or run is None:
+    run = own.backward
+    if own.traced.backward is None or general is None or run is None:
         return run
+    a, b = own.traced.backward.call, general.call
     reads = [(j.tokens, j.shared, j.kept, j.grads) for j in (a, b)]
     assert reads[0] == reads[1], "a body for special lengths reads other inputs"
     pairs = [(a.token_grads[i], at) for i, at in b.token_grads.items()]
@@ -340,28 +343,10 @@ def _pick(results: Sequence[Any], places: Mapping[int, int]) -> list[Any]:
     return [results[places[i]] if i in places else None for i in range(max(places, default=-1) + 1)]
 
 
-def _inputs(
-    traced: BackwardBody, fakes: Sequence[torch.Tensor], results: Sequence[torch.Tensor], n_tokens: int
-) -> list[Any]:
+def _inputs(call: Backward, fakes: Sequence[torch.Tensor], results: Sequence[torch.Tensor], n_tokens: int) -> list[Any]:
     return [
-        *(fakes[i] for i in traced.tokens),
-        *(fakes[n_tokens + j] for j in traced.shared),
-        *(results[i] for i in traced.kept),
-        *(results[i] for i in traced.grads),
+        *(fakes[i] for i in call.tokens),
+        *(fakes[n_tokens + j] for j in call.shared),
+        *(results[i] for i in call.kept),
+        *(results[i] for i in call.grads),
     ]
-
-
-def _backward(traced: BackwardBody, run: dict[int, Callable[..., Any]]) -> Backward:
-    return Backward(
-        run,
-        traced.tokens,
-        traced.shared,
-        traced.kept,
-        traced.grads,
-        traced.token_grads,
-        traced.shared_grads,
-        traced.factors,
-        traced.values,
-        traced.token_sources,
-        traced.shared_sources,
-    )

@@ -40,10 +40,10 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class BackwardBody:
-    """What runs in the backward, and how to call it.
+class Backward:
+    """How to call the body that runs in the backward, and where its results stand.
 
-    gm: (tokens at ``tokens``..., shared at ``shared``..., kept outputs at ``kept``..., gradients of the
+    (tokens at ``tokens``..., shared at ``shared``..., kept outputs at ``kept``..., gradients of the
     outputs and sums at ``grads``..., dynamic lengths...) -> flat list. In that list, ``token_grads[i]`` and
     ``shared_grads[j]`` are the positions of the gradients of token input i and shared input j, ``factors`` those of
     weight factors.
@@ -52,7 +52,6 @@ class BackwardBody:
     ``detach`` only. Such an input gets no gradient, as in eager: to an optimizer that is not the same as zeros.
     """
 
-    gm: fx.GraphModule
     tokens: tuple[int, ...]
     shared: tuple[int, ...]
     kept: tuple[int, ...]
@@ -63,6 +62,14 @@ class BackwardBody:
     values: tuple[int, ...]
     token_sources: tuple[tuple[int, ...], ...]
     shared_sources: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class BackwardBody:
+    """What runs in the backward, to be called as ``call`` says."""
+
+    gm: fx.GraphModule
+    call: Backward
 
 
 @dataclass(frozen=True)
@@ -245,9 +252,10 @@ def backward_body(
     gm.graph.lint()
     gm.recompile()
     kept = tuple(sorted(kept_nodes))
-    return BackwardBody(
-        gm, tokens, shared, kept, grads, token_grads, shared_grads, factors, values, token_sources, shared_sources
+    call = Backward(
+        tokens, shared, kept, grads, token_grads, shared_grads, factors, values, token_sources, shared_sources
     )
+    return BackwardBody(gm, call)
 
 
 def _sources(joint: Joint) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:

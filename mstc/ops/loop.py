@@ -22,8 +22,9 @@ from mstc.compat.autocast import no_autocast
 from mstc.errors import LoopError
 from mstc.ops.accumulate import Accumulators
 from mstc.ops.body import Value
+from mstc.ops.joint import Backward
 from mstc.ops.pieces import dense, empty, order_of
-from mstc.ops.program import Backward, Program, program
+from mstc.ops.program import Program, program
 from mstc.ops.workspace import workspace
 
 Tensors = Sequence[torch.Tensor]
@@ -123,7 +124,7 @@ def _loop_backward(
             pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, token_values, strict=True)]
             saved = [_read(k, p.outputs[i], p.n, start, length) for k, i in zip(kept, b.kept, strict=True)]
             incoming = [_incoming(grads[i], results_values[i], p.n, start, length) for i in b.grads]
-            results = b.run[length](*pieces, *whole, *saved, *incoming)
+            results = p.backward_bodies[length](*pieces, *whole, *saved, *incoming)
             del pieces, saved, incoming
             for i, out in token_grads.items():
                 if i in b.token_grads:
@@ -240,7 +241,7 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seeds: Tensors, lengths: Length
         incoming = [_seed_of(p, i, seeds) for i in b.grads]
         for start, length in p.chunks:
             pieces = [_read(t, v, p.n, start, length) for t, v in zip(token_inputs, token_values, strict=True)]
-            results = b.run[length](*pieces, *whole, *incoming)
+            results = p.backward_bodies[length](*pieces, *whole, *incoming)
             values = [results[i] for i in b.values]
             for out, value, piece in zip(outputs, p.outputs, values, strict=False):
                 _write(out, value, p.n, start, length, piece)

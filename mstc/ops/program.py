@@ -15,27 +15,10 @@ from mstc.errors import LoopError
 from mstc.graph.sizes import Size, evaluate
 from mstc.ops.body import Value
 from mstc.ops.dynamic import DynamicBodies, apart
-from mstc.ops.joint import Factors
+from mstc.ops.joint import Backward
 from mstc.ops.pieces import balanced
 
 Bodies = Mapping[int, Callable[..., Any]]  # by the length of the chunk
-
-
-@dataclass(frozen=True)
-class Backward:
-    """Compiled backward bodies by chunk length, and how to call them (see `mstc.ops.joint.BackwardBody`)."""
-
-    run: Bodies
-    tokens: tuple[int, ...]
-    shared: tuple[int, ...]
-    kept: tuple[int, ...]
-    grads: tuple[int, ...]
-    token_grads: dict[int, int]
-    shared_grads: dict[int, int]
-    factors: tuple[Factors, ...]
-    values: tuple[int, ...]
-    token_sources: tuple[tuple[int, ...], ...]
-    shared_sources: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +40,8 @@ class Program:
     n: length of the axis; count: number of chunks (in the example, where the length is dynamic); tokens, shared,
     outputs, sums: the whole tensors;
     token_needs, shared_needs: which inputs get gradients: those that need one and that one reaches;
-    forward: compiled bodies by chunk length (empty where a loss's gradients come with it); backward: None in inference;
+    forward: compiled bodies by chunk length (empty where a loss's gradients come with it); backward: how the
+    ``backward_bodies`` are called, None in inference;
     accumulate: "float32" or "param", for sums over chunks of shared inputs' gradients;
     lengths: the dynamic lengths that sizes are made of, whose values come with each call; where there are any,
     chunks have at most ``longest`` indices, however many that makes, and `at` gives the program of one call;
@@ -76,6 +60,7 @@ class Program:
     token_needs: tuple[bool, ...]
     shared_needs: tuple[bool, ...]
     forward: Bodies
+    backward_bodies: Bodies
     backward: Backward | None
     accumulate: str
     measure: Callable[[], BodyCosts] = BodyCosts
@@ -123,7 +108,7 @@ class Program:
             outputs=at(self.outputs),
             sums=at(self.sums),
             forward=forward,
-            backward=self.backward and replace(self.backward, run=backward),
+            backward_bodies=backward,
             lengths=(),
             dynamic=None,
         )

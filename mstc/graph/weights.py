@@ -2,6 +2,10 @@
 
 A head may normalize its weight, merge an adapter into it or round it to few values. What is computed of
 parameters and buffers alone is a weight as they are; but a product of two such values is no work on tokens.
+
+An input that no module holds may be either: functional calls are handed weights, a step may be handed hidden states,
+keys or a mask of floats. Where modules hold weights, such an input is one too only if it is a matrix (an adapter, the
+head of a teacher); with more dimensions it is data.
 """
 
 from __future__ import annotations
@@ -19,8 +23,12 @@ class Weights:
     """The weights of one graph."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        inputs = graph.find_nodes(op="placeholder")
+        given = [n for n in inputs if not n.meta.get("held")]
         self._made = made_of_weights(graph)
-        self._chosen = [n for n in graph.find_nodes(op="placeholder") if _is_integer(n) and not n.meta.get("held")]
+        self._chosen = [n for n in given if _is_integer(n)]
+        holds = any(n.meta.get("held") and _is_float(n) and n.meta["val"].dim() > 1 for n in inputs)
+        self._data = {n for n in given if holds and _is_float(n) and n.meta["val"].dim() > 2}
 
     def in_product(self, node: fx.Node) -> fx.Node | None:
         """The operand of a product that is a weight: the right one where both could be."""
@@ -29,10 +37,20 @@ class Weights:
         left, right = operands_of_product(node)
         for operand, other in ((right, left), (left, right)):
             if isinstance(operand, fx.Node) and (
-                is_weight(operand) or (operand in self._made and other not in self._made)
+                self._is_plain(operand) or (operand in self._made and other not in self._made)
             ):
                 return operand
         return None
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a value is a weight, plain or computed."""
+        return self._is_plain(node) or node in self._made
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        """Whether a value is an input that is a weight or a constant, perhaps cast, viewed or transposed."""
+        while node.op == "call_function" and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        return node.op in ("placeholder", "get_attr") and _is_float(node) and node not in self._data
 
     def features(self, axes: Axes, products: list[fx.Node]) -> set[Axis]:
         """The axes that stand in the weights of products.
@@ -41,17 +59,9 @@ class Weights:
         are not counted for it.
         """
         found = [w for n in products if (w := self.in_product(n)) is not None]
-        plain = {a for w in found if is_weight(w) for a in axes.of(w)}
-        computed = {a for w in found if not is_weight(w) for a in axes.of(w)}
+        plain = {a for w in found if self._is_plain(w) for a in axes.of(w)}
+        computed = {a for w in found if not self._is_plain(w) for a in axes.of(w)}
         return plain | computed - {a for n in self._chosen for a in axes.of(n)}
-
-
-def is_weight(node: fx.Node) -> bool:
-    """Whether a value is a parameter or a floating-point input, perhaps cast, viewed or transposed."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    value = node.meta.get("val")
-    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
@@ -81,6 +91,11 @@ def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
 def _is_number(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.dim() == 0
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_integer(node: fx.Node) -> bool:

@@ -34,7 +34,7 @@ from mstc.graph.rules import flow_of
 from mstc.graph.rules.call import Call, operands_of
 from mstc.graph.rules.pointwise import pointwise
 from mstc.graph.sizes import same, shape_of
-from mstc.graph.weights import is_weight, made_of_weights
+from mstc.graph.weights import Weights
 
 aten = torch.ops.aten
 
@@ -65,14 +65,17 @@ class Written:
 
 def find_written(graph: fx.Graph) -> Iterator[Written]:
     """All written-out attention, one record for each product with values."""
+    softmaxes = [n for target in _SOFTMAX for n in graph.find_nodes(op="call_function", target=target)]
+    if not softmaxes:
+        return
     rank = {node: i for i, node in enumerate(graph.nodes)}
+    weights = Weights(graph)
     seen: set[fx.Node] = set()
-    for target in _SOFTMAX:
-        for softmax in graph.find_nodes(op="call_function", target=target):
-            for found in _from_softmax(softmax, rank):
-                if found.product not in seen:
-                    seen.add(found.product)
-                    yield found
+    for softmax in softmaxes:
+        for found in _from_softmax(softmax, rank, weights):
+            if found.product not in seen:
+                seen.add(found.product)
+                yield found
 
 
 def is_product(node: fx.Node) -> bool:
@@ -93,7 +96,7 @@ class _End:
     keys: Place
 
 
-def _from_softmax(softmax: fx.Node, rank: Mapping[fx.Node, int]) -> Iterator[Written]:
+def _from_softmax(softmax: fx.Node, rank: Mapping[fx.Node, int], weights: Weights) -> Iterator[Written]:
     shape = shape_of(softmax.meta["val"])
     if len(shape) < 2:
         return
@@ -102,7 +105,7 @@ def _from_softmax(softmax: fx.Node, rank: Mapping[fx.Node, int]) -> Iterator[Wri
     others = [d for d in range(len(shape)) if d != over and not same(shape[d], 1)]
     for dim in sorted(others, key=lambda d: (-hint_of(softmax, d), -d)):
         ends, readers = _ends(softmax, Place(dim, shape[dim]), keys)
-        found = [w for end in ends if (w := _written(softmax, end, readers, rank)) is not None]
+        found = [w for end in ends if (w := _written(softmax, end, readers, rank, weights)) is not None]
         if found:
             yield from found
             return
@@ -147,9 +150,11 @@ def _ends(softmax: fx.Node, queries: Place, keys: Place) -> tuple[list[_End], li
 # ------------------------------------------------------------------ backward: from the product to the sources
 
 
-def _written(softmax: fx.Node, end: _End, readers: list[fx.Node], rank: Mapping[fx.Node, int]) -> Written | None:
+def _written(
+    softmax: fx.Node, end: _End, readers: list[fx.Node], rank: Mapping[fx.Node, int], weights: Weights
+) -> Written | None:
     members, keys = _pull(end, set(), rank)
-    scores = [n for n in members if n is not end.product and _pairs(n, members[n], keys)]
+    scores = [n for n in members if n is not end.product and _pairs(n, members[n], keys, weights)]
     if softmax not in members or not scores:
         return None
     inner = _between(scores, end.product, rank)
@@ -250,7 +255,7 @@ def _keys_after(node: fx.Node, flow: Flow, i: int, keys: Place) -> Place | None:
     return Place(keys.dim, shape_of(node.meta["val"])[keys.dim])
 
 
-def _pairs(node: fx.Node, proof: Tokenwise, keys: Mapping[fx.Node, Place]) -> bool:
+def _pairs(node: fx.Node, proof: Tokenwise, keys: Mapping[fx.Node, Place], weights: Weights) -> bool:
     """Whether the node is a product of queries and keys: each from an operand of its own, the keys no weight."""
     flow = _flow(node)
     if not is_product(node) or node not in keys or flow is None:
@@ -259,12 +264,12 @@ def _pairs(node: fx.Node, proof: Tokenwise, keys: Mapping[fx.Node, Place]) -> bo
     pairs = list(zip(operands_of(node), proof.needs, backs, strict=True))
     with_queries = [o for o, q, _ in pairs if q is not None]
     with_keys = [o for o, q, k in pairs if k is not None and q is None]
-    return bool(with_queries) and bool(with_keys) and not any(_is_matrix(o) for o in with_keys)
+    return bool(with_queries) and bool(with_keys) and not any(_is_matrix(o, weights) for o in with_keys)
 
 
-def _is_matrix(node: fx.Node) -> bool:
+def _is_matrix(node: fx.Node, weights: Weights) -> bool:
     """A weight, not keys: a router's softmax over logits is no attention."""
-    return len(shape_of(node.meta["val"])) <= 2 and (is_weight(node) or node in made_of_weights(node.graph))
+    return len(shape_of(node.meta["val"])) <= 2 and weights.is_weight(node)
 
 
 def _between(scores: list[fx.Node], product: fx.Node, rank: Mapping[fx.Node, int]) -> set[fx.Node]:

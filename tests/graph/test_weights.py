@@ -109,6 +109,40 @@ def test_looked_up_rows_are_no_weight() -> None:
     assert node(graph, aten.embedding.default) not in made_of_weights(graph)
 
 
+def test_a_mask_of_floats_beside_parameters_is_no_weight() -> None:
+    """It ties tokens together as attention does, so they are what is cut, and no features."""
+
+    def fn(x: Tensor, mask: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return x + F.linear(torch.matmul(mask, F.linear(x, up)), down)
+
+    weights = nn.Parameter(randn(6, 4)), nn.Parameter(randn(4, 6))
+    graph, _, regions = regions_of(fn, randn(2, 7, 4).detach(), randn(2, 7, 7).detach(), *weights)
+    assert Weights(graph).in_product(node(graph, aten.matmul.default)) is None
+    assert [r.n for r in regions] == [7, 7]
+
+
+def test_a_step_that_is_given_hidden_states_and_a_mask_is_cut_along_the_tokens() -> None:
+    model, (x, labels) = Tiny(bias=False), inputs()
+    mask = torch.rand(2, 23, 23, dtype=torch.float64).softmax(-1)
+
+    def step(x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model.head(x + mask @ model.features(x)).flatten(0, 1), labels.flatten())
+
+    found = compare(step, dict(model.named_parameters()), (x, mask, labels), chunked(7, 5, "eager"))
+    found.check()
+    assert {r.tokens for r in found.reports[0].regions if r.loop} == {"23"}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_matrix_that_is_given_beside_parameters_is_a_weight(trained: bool) -> None:
+    """A teacher's head, an adapter."""
+    given = randn(2, 4).detach().requires_grad_(trained)
+    held = nn.Parameter(randn(4, 4))
+    graph = normal_graph(lambda x, w, g: F.linear(F.linear(x, w), g), randn(2, 7, 4).detach(), held, given)
+    product = node(graph, aten.linear.default, 1)
+    assert Weights(graph).in_product(product) is product.args[1]
+
+
 CONSTANTS: list[Callable[[Tensor], Tensor]] = [
     lambda w: w * torch.eye(4, dtype=w.dtype),
     lambda w: torch.tril(w) + torch.ones(4, 4, dtype=w.dtype),

@@ -22,7 +22,7 @@ from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
 from mstc.ops.dynamic import DynamicBodies
-from mstc.ops.joint import Backward, BackwardBody, Joint, backward_body, trace_joint
+from mstc.ops.joint import BackwardBody, Fakes, Joint, Needs, backward_body, trace_joint
 from mstc.ops.pieces import balanced
 from mstc.ops.program import BodyCosts, Program
 from mstc.ops.where_read import compute_where_read
@@ -73,20 +73,38 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
 def joint_of(region: Region, recipe: Recipe) -> Joint | None:
     """A region's body for its longest chunk with its vector-Jacobian product; None where nothing is differentiable."""
     builder = _Builder(region, recipe, _never)
-    lengths = {LENGTH: builder.static_lengths()[0]}
-    return builder.joint(_mode(), forward_body(region, lengths), lengths)[-1]
+    at = _Lengths.of({LENGTH: builder.static_lengths()[0]})
+    return builder.joint(forward_body(region, at.values), at)[-1]
 
 
 def costs_of(region: Region, recipe: Recipe) -> BodyCosts:
     """What a chunk of the longest length will cost: traced, not compiled."""
     builder = _Builder(region, recipe, _never)
     length = builder.static_lengths()[0]
-    lengths = {LENGTH: length}
-    return builder.trace(_mode(), forward_body(region, lengths), lengths).costs(length, recipe.fused)
+    at = _Lengths.of({LENGTH: length})
+    return builder.trace(forward_body(region, at.values), at).costs(length, recipe.fused)
 
 
 def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Call:
     raise AssertionError("this body is not to be compiled")
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """What a body is made for.
+
+    values: the chunk's length and the dynamic lengths, as numbers, or as symbols of ``mode``; inputs: the symbols
+    that the body takes as inputs.
+    """
+
+    mode: compat.FakeTensorMode
+    values: Mapping[sympy.Symbol, Any]
+    inputs: Sequence[torch.SymInt] = ()
+
+    @staticmethod
+    def of(values: Mapping[sympy.Symbol, int]) -> _Lengths:
+        """Numbers."""
+        return _Lengths(compat.FakeTensorMode(allow_non_fake_inputs=True), values)
 
 
 @dataclass(frozen=True)
@@ -113,15 +131,15 @@ class _Traced:
 
     mode: compat.FakeTensorMode
     body: fx.GraphModule
-    fakes: list[torch.Tensor]
-    results: list[torch.Tensor]
+    fakes: Fakes
     backward: BackwardBody | None
 
     def costs(self, length: int, fused: bool) -> BodyCosts:
         """What forward and backward body cost for chunks of that length."""
+        inputs = self.fakes.inputs()
         with compat.isolated_tracing(self.mode):
-            forward = compat.trace_flat(self.body, self.fakes)
-        pooled = fused and bool(self.fakes) and self.fakes[0].device.type == "cpu"
+            forward = compat.trace_flat(self.body, inputs)
+        pooled = fused and bool(inputs) and inputs[0].device.type == "cpu"
         a, b = _Cost.of(forward, fused, pooled), _Cost()
         if self.backward is not None:
             b = _Cost.of(self.backward.gm, fused, pooled)
@@ -146,10 +164,6 @@ class _Bodies:
     traced: _Traced
 
 
-def _mode() -> compat.FakeTensorMode:
-    return compat.FakeTensorMode(allow_non_fake_inputs=True)
-
-
 class _Builder:
     """Traces and compiles the bodies of one region."""
 
@@ -159,23 +173,21 @@ class _Builder:
         self.shared = tuple(Value.of(n, None) for n in region.shared)
         self.outputs = tuple(Value.of(n, p) for n, p in region.outputs)
         self.sums = tuple(Value.of(n, None) for n in region.sums)
-        self.token_needs = self._needs(n for n, _ in region.tokens)
-        self.shared_needs = self._needs(region.shared)
         returned = len(region.outputs) - recipe.saves
         self.saved = range(returned, len(region.outputs))
-        needs = self._needs((*(n for n, _ in region.outputs), *region.sums))
-        self.result_needs = tuple(need and i not in self.saved for i, need in enumerate(needs))
+        results = self._needs((*(n for n, _ in region.outputs), *region.sums))
+        self.needs = Needs(
+            self._needs(n for n, _ in region.tokens),
+            self._needs(region.shared),
+            tuple(need and i not in self.saved for i, need in enumerate(results)),
+        )
 
     def _needs(self, nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
         return tuple(self.recipe.training and bool(n.meta.get("needs_grad")) for n in nodes)
 
     @property
-    def needs(self) -> tuple[tuple[bool, ...], ...]:
-        return self.token_needs, self.shared_needs, self.result_needs
-
-    @property
     def differentiable(self) -> bool:
-        return any(self.result_needs) and (any(self.token_needs) or any(self.shared_needs))
+        return any(self.needs.results) and any((*self.needs.tokens, *self.needs.shared))
 
     def values(self) -> tuple[tuple[Value, ...], ...]:
         return self.tokens, self.shared, self.outputs, self.sums
@@ -189,8 +201,8 @@ class _Builder:
         """One body for each chunk length."""
         made = {}
         for length in self.static_lengths():
-            lengths = {LENGTH: length}
-            made[length] = self._compile(_mode(), forward_body(self.region, lengths), lengths, ())
+            at = _Lengths.of({LENGTH: length})
+            made[length] = self._compile(forward_body(self.region, at.values), at)
         first = next(iter(made.values()))
         program = self._program(
             key,
@@ -207,15 +219,15 @@ class _Builder:
         examples = {**examples_of(self.region), LENGTH: max(self.recipe.longest, 2)}
         mode, symints = compat.symbolic_lengths({str(s): examples[s] for s in names})
         body = forward_body(self.region, None)
-        made = self._compile(mode, body, dict(zip(names, symints, strict=True)), symints)
+        made = self._compile(body, _Lengths(mode, dict(zip(names, symints, strict=True)), symints))
 
         def special(values: Sequence[int]) -> tuple[Call | None, Call | None]:
-            own = self._compile(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)), ())
+            own = self._compile(with_lengths(body, values), _Lengths.of(dict(zip(names, values, strict=True))))
             return own.forward, _as_laid_out(own, made.traced.backward)
 
         def measure() -> BodyCosts:
-            values = [examples[s] for s in names]
-            own = self.trace(_mode(), with_lengths(body, values), dict(zip(names, values, strict=True)))
+            values = {s: examples[s] for s in names}
+            own = self.trace(with_lengths(body, [*values.values()]), _Lengths.of(values))
             return own.costs(examples[LENGTH], self.recipe.fused)
 
         bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
@@ -225,69 +237,53 @@ class _Builder:
             program, lengths=lengths, examples=known, longest=self.recipe.longest, dynamic=bodies, measure=measure
         )
 
-    def _compile(
-        self,
-        mode: compat.FakeTensorMode,
-        body: fx.GraphModule,
-        lengths: Mapping[sympy.Symbol, Any],
-        inputs: Sequence[torch.SymInt],
-    ) -> _Bodies:
-        """The bodies for these lengths; ``inputs`` are those that the body takes as inputs."""
-        t = self.trace(mode, body, lengths, inputs)
-        forward = None if self.recipe.loss and t.backward is not None else self.compiler(t.body, [*t.fakes, *inputs])
+    def _compile(self, body: fx.GraphModule, at: _Lengths) -> _Bodies:
+        """The compiled bodies for these lengths."""
+        t = self.trace(body, at)
+        forward = None if self.recipe.loss and t.backward is not None else self.compiler(t.body, t.fakes.inputs())
         if t.backward is None:
             return _Bodies(forward, None, t)
-        arguments = [*_inputs(t.backward.call, t.fakes, t.results, len(self.tokens)), *inputs]
-        return _Bodies(forward, self.compiler(t.backward.gm, arguments), t)
+        return _Bodies(forward, self.compiler(t.backward.gm, t.fakes.inputs_of(t.backward.call)), t)
 
-    def trace(
-        self,
-        mode: compat.FakeTensorMode,
-        body: fx.GraphModule,
-        lengths: Mapping[sympy.Symbol, Any],
-        inputs: Sequence[torch.SymInt] = (),
-    ) -> _Traced:
-        """The backward body for these lengths, where there is one, and the fakes that it was traced with."""
-        fakes, results, whole = self.joint(mode, body, lengths, inputs)
+    def trace(self, body: fx.GraphModule, at: _Lengths) -> _Traced:
+        """The bodies for these lengths, the backward's where there is one, and the fakes they were traced with."""
+        fakes, joint = self.joint(body, at)
         made = None
-        if whole is not None:
-            with compat.isolated_tracing(mode):
-                made = backward_body(whole, self.recipe.kept, self.saved, with_values=self.recipe.loss)
-            if self.recipe.fused:
-                use_class_sums(made.gm.graph)
-                made.gm.recompile()
-                arguments = _inputs(made.call, fakes, results, len(self.tokens))
-                with compat.isolated_tracing(mode):
-                    made = replace(made, gm=compute_where_read(made.gm, [*arguments, *inputs]))
+        if joint is not None:
+            with compat.isolated_tracing(at.mode):
+                made = self._backward_body(joint, fakes)
         if self.recipe.fused and not (self.recipe.loss and made is not None):
-            with compat.isolated_tracing(mode):
-                body = compute_where_read(body, [*fakes, *inputs])
-        return _Traced(mode, body, fakes, results, made)
+            with compat.isolated_tracing(at.mode):
+                body = compute_where_read(body, fakes.inputs())
+        return _Traced(at.mode, body, fakes, made)
 
-    def joint(
-        self,
-        mode: compat.FakeTensorMode,
-        body: fx.GraphModule,
-        lengths: Mapping[sympy.Symbol, Any],
-        inputs: Sequence[torch.SymInt] = (),
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], Joint | None]:
+    def _backward_body(self, joint: Joint, fakes: Fakes) -> BackwardBody:
+        """Of a joint graph, written for a lowering that fuses where there is one."""
+        made = backward_body(joint, self.recipe.kept, self.saved, with_values=self.recipe.loss)
+        if not self.recipe.fused:
+            return made
+        use_class_sums(made.gm.graph)
+        made.gm.recompile()
+        return replace(made, gm=compute_where_read(made.gm, fakes.inputs_of(made.call)))
+
+    def joint(self, body: fx.GraphModule, at: _Lengths) -> tuple[Fakes, Joint | None]:
         """Fakes of the inputs and of the results, and the joint graph of a body where it is differentiable."""
-        fakes = [v.fake(mode, lengths) for v in (*self.tokens, *self.shared)]
-        tokens, shared = fakes[: len(self.tokens)], fakes[len(self.tokens) :]
-        needs = (self.token_needs, self.shared_needs)
-        with compat.isolated_tracing(mode):
-            # As the loop reads and writes them: dense, whatever views the body returns.
-            results = [v.fake(mode, lengths) for v in (*self.outputs, *self.sums)]
-            if not self.differentiable:
-                return fakes, results, None
-            return fakes, results, trace_joint(body, tokens, shared, *needs, results, self.result_needs, inputs)
+
+        def fakes(values: Iterable[Value]) -> list[torch.Tensor]:
+            return [v.fake(at.mode, at.values) for v in values]
+
+        found = Fakes(fakes(self.tokens), fakes(self.shared), fakes((*self.outputs, *self.sums)), at.inputs)
+        if not self.differentiable:
+            return found, None
+        with compat.isolated_tracing(at.mode):
+            return found, trace_joint(body, found, self.needs)
 
     def _program(
-        self, key: str, traced: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
+        self, key: str, body: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
     ) -> Program:
         recipe = self.recipe
-        token_needs, shared_needs = self.token_needs, self.shared_needs
-        call = traced.call if traced is not None else None
+        token_needs, shared_needs = self.needs.tokens, self.needs.shared
+        call = body.call if body is not None else None
         if call is not None:
             token_needs, shared_needs = tuple(map(bool, call.token_sources)), tuple(map(bool, call.shared_sources))
         return Program(
@@ -341,12 +337,3 @@ def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:
 
 def _pick(results: Sequence[Any], places: Mapping[int, int]) -> list[Any]:
     return [results[places[i]] if i in places else None for i in range(max(places, default=-1) + 1)]
-
-
-def _inputs(call: Backward, fakes: Sequence[torch.Tensor], results: Sequence[torch.Tensor], n_tokens: int) -> list[Any]:
-    return [
-        *(fakes[i] for i in call.tokens),
-        *(fakes[n_tokens + j] for j in call.shared),
-        *(results[i] for i in call.kept),
-        *(results[i] for i in call.grads),
-    ]

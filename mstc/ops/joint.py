@@ -14,6 +14,7 @@ product; what a plan saves for the backward is always read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,41 @@ class Joint:
     shared_grads: dict[int, fx.Node]
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Which token inputs, shared inputs and results (outputs, then sums) have gradients."""
+
+    tokens: tuple[bool, ...]
+    shared: tuple[bool, ...]
+    results: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Fakes:
+    """Stand-ins for what a body takes and returns of one chunk, dense as the loop reads and writes it.
+
+    results: outputs, then sums; lengths: what a body for dynamic lengths takes besides.
+    """
+
+    tokens: Sequence[torch.Tensor]
+    shared: Sequence[torch.Tensor]
+    results: Sequence[torch.Tensor]
+    lengths: Sequence[torch.SymInt] = ()
+
+    def inputs(self) -> list[Any]:
+        """What the body takes."""
+        return [*self.tokens, *self.shared, *self.lengths]
+
+    def inputs_of(self, call: Backward) -> list[Any]:
+        """What the backward body takes."""
+        return [
+            *(self.tokens[i] for i in call.tokens),
+            *(self.shared[j] for j in call.shared),
+            *(self.results[i] for i in (*call.kept, *call.grads)),
+            *self.lengths,
+        ]
+
+
 class _Differentiating(fx.Interpreter):
     """Runs a body; products with a shared weight use it detached and are noted with their input."""
 
@@ -147,61 +183,50 @@ def _weight_product(node: fx.Node, weights: dict[str, int]) -> tuple[int, bool] 
     return weights[weight.name], transposed
 
 
-def trace_joint(
-    body: fx.GraphModule,
-    tokens: Sequence[torch.Tensor],
-    shared: Sequence[torch.Tensor],
-    token_needs: Sequence[bool],
-    shared_needs: Sequence[bool],
-    results: Sequence[torch.Tensor],
-    result_needs: Sequence[bool],
-    lengths: Sequence[torch.SymInt] = (),
-) -> Joint:
-    """Trace a body and its vector-Jacobian product over fake chunks.
-
-    token_needs, shared_needs: which inputs need gradients; results: fakes of the outputs and sums,
-    result_needs: which of them have gradients; lengths: what a body for dynamic lengths takes besides.
-    """
+def trace_joint(body: fx.GraphModule, fakes: Fakes, needs: Needs) -> Joint:
+    """Trace a body and its vector-Jacobian product over fake chunks."""
+    a, b = len(fakes.tokens), len(fakes.tokens) + len(fakes.shared)
+    grads = [i for i, need in enumerate(needs.results) if need]
+    c = b + len(grads)
     names = [n.name for n in body.graph.find_nodes(op="placeholder")]
-    weights = {names[len(tokens) + j]: j for j, need in enumerate(shared_needs) if need and shared[j].dim() == 2}
-    grads = [i for i, need in enumerate(result_needs) if need]
-    layout: dict[str, Any] = {}
+    weights = {names[a + j]: j for j, need in enumerate(needs.shared) if need and fakes.shared[j].dim() == 2}
+    products: list[tuple[int, bool]] = []
+    present: list[bool] = []
 
     def joint(*flat: Any) -> list[Any]:
-        gs = flat[len(tokens) + len(shared) : len(flat) - len(lengths)]
+        run = _Differentiating(body, weights)
         with torch.enable_grad():
-            ts = _leaves(flat[: len(tokens)], token_needs)
-            ss = _leaves(flat[len(tokens) : len(tokens) + len(shared)], shared_needs)
-            run = _Differentiating(body, weights)
-            outs = run.run(*ts, *ss, *flat[len(flat) - len(lengths) :])
-            pairs = [(outs[i], g) for i, g in zip(grads, gs, strict=True) if outs[i].requires_grad]
-            wanted = [t for t in ts if t.requires_grad] + [s for s in ss if s.requires_grad]
-            wanted += [y for _, _, y, _ in run.products]
-            found = (
-                torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-                if pairs and wanted
-                else [None] * len(wanted)
-            )
-        layout["products"] = [(p, t) for p, _, _, t in run.products]
-        layout["present"] = [f is not None for f in found]
+            leaves = _leaves(flat[:b], (*needs.tokens, *needs.shared))
+            outs = run.run(*leaves, *flat[c:])
+            wanted = [x for x in leaves if x.requires_grad] + [y for _, _, y, _ in run.products]
+            found = _gradients([outs[i] for i in grads], wanted, flat[b:c])
+        products[:] = [(shared, transposed) for shared, _, _, transposed in run.products]
+        present[:] = [f is not None for f in found]
         return [*outs, *(x for _, x, _, _ in run.products), *(f for f in found if f is not None)]
 
-    cotangents = [torch.empty_like(results[i]) for i in grads]
+    cotangents = [torch.empty_like(fakes.results[i]) for i in grads]
     with torch.no_grad():
-        gm = compat.trace_flat(joint, [*tokens, *shared, *cotangents, *lengths])
-    flat = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-    values, rest = flat[: len(results)], flat[len(results) :]
-    xs, present = rest[: len(layout["products"])], iter(rest[len(layout["products"]) :])
-    order = iter([next(present) if there else None for there in layout["present"]])
-    token_grads = {i: g for i, need in enumerate(token_needs) if need and (g := next(order)) is not None}
-    shared_grads = {j: g for j, need in enumerate(shared_needs) if need and (g := next(order)) is not None}
-    products = tuple(Product(j, t, x, dy) for (j, t), x, dy in zip(layout["products"], xs, order, strict=True))
-    inputs = gm.graph.find_nodes(op="placeholder")
-    a, b = len(tokens), len(tokens) + len(shared)
-    by_result = dict(zip(grads, inputs[b : b + len(grads)], strict=True))
-    return Joint(
-        gm, tuple(inputs[:a]), tuple(inputs[a:b]), by_result, tuple(values), products, token_grads, shared_grads
-    )
+        gm = compat.trace_flat(joint, [*fakes.tokens, *fakes.shared, *cotangents, *fakes.lengths])
+    returned = iter(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    results = tuple(itertools.islice(returned, len(fakes.results)))
+    xs = list(itertools.islice(returned, len(products)))
+    found = iter([next(returned) if there else None for there in present])
+    token_grads = {i: g for i, need in enumerate(needs.tokens) if need and (g := next(found)) is not None}
+    shared_grads = {j: g for j, need in enumerate(needs.shared) if need and (g := next(found)) is not None}
+    made = tuple(Product(j, t, x, dy) for (j, t), x, dy in zip(products, xs, found, strict=True))
+    inputs = tuple(gm.graph.find_nodes(op="placeholder"))
+    by_result = dict(zip(grads, inputs[b:c], strict=True))
+    return Joint(gm, inputs[:a], inputs[a:b], by_result, results, made, token_grads, shared_grads)
+
+
+def _gradients(
+    outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Of the outputs that depend on anything that needs a gradient; None where none of them reaches."""
+    pairs = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    return torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
 
 
 def _leaves(values: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:

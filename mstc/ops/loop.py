@@ -13,6 +13,7 @@ values of the dynamic lengths that the program's sizes are made of: none where t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,19 +44,40 @@ torch.library.define(
 # -- reading and writing chunks ------------------------------------------------------------------
 
 
-def _read(x: torch.Tensor, value: Value, n: int, start: int, length: int) -> torch.Tensor:
-    if value.cut is None:
-        return dense(x, value.order)
-    return dense(value.cut.read(x, n, start, length), value.order)
-
-
 def _allocate(value: Value) -> torch.Tensor:
     return empty(value.shape, value.order, value.dtype, value.device)
 
 
-def _write(x: torch.Tensor, value: Value, n: int, start: int, length: int, piece: torch.Tensor) -> None:
-    assert value.cut is not None
-    value.cut.write(x, n, start, length, piece)
+@dataclass(frozen=True)
+class _Chunk:
+    """``length`` of the ``n`` indices of the axis, from ``start`` on."""
+
+    n: int
+    start: int
+    length: int
+
+    def read(self, x: torch.Tensor, value: Value) -> torch.Tensor:
+        """The chunk of a tensor (the whole of one that is not cut), dense."""
+        piece = x if value.cut is None else value.cut.read(x, self.n, self.start, self.length)
+        return dense(piece, value.order)
+
+    def read_gradient(self, gradient: torch.Tensor | None, value: Value) -> torch.Tensor:
+        """The chunk of an incoming gradient; zeros where there is none."""
+        if gradient is None:
+            return empty(value.chunk(self.length), value.order, value.dtype, value.device).zero_()
+        return self.read(gradient, value)
+
+    def write(self, x: torch.Tensor, value: Value, piece: torch.Tensor | None) -> None:
+        """Store a piece; zeros where there is none."""
+        assert value.cut is not None
+        if piece is None:
+            value.cut.view(x, self.n, self.start, self.length).zero_()
+        else:
+            value.cut.write(x, self.n, self.start, self.length, piece)
+
+
+def _chunks(p: Program) -> list[_Chunk]:
+    return [_Chunk(p.n, start, length) for start, length in p.chunks]
 
 
 class _Sums:
@@ -79,6 +101,26 @@ class _Sums:
         return [t.to(v.dtype) for t, v in found if t is not None]
 
 
+class _Gradients:
+    """Gradients of a loop's inputs, chunk by chunk: of tokens written, of shared inputs added up."""
+
+    def __init__(self, p: Program, call: Backward) -> None:
+        self._program, self._call = p, call
+        self._tokens = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
+        self._shared = Accumulators(p, call)
+
+    def add(self, chunk: _Chunk, results: Tensors) -> None:
+        """Take what the backward body returned for a chunk."""
+        for i, whole in self._tokens.items():
+            at = self._call.token_grads.get(i)
+            chunk.write(whole, self._program.tokens[i], results[at] if at is not None else None)
+        self._shared.add(results)
+
+    def results(self) -> list[torch.Tensor]:
+        """Of the inputs that need them, tokens first."""
+        return [*self._tokens.values(), *(self._shared.result(j) for j in _needing(self._program.shared_needs))]
+
+
 # -- mstc::loop ----------------------------------------------------------------------------------
 
 
@@ -89,11 +131,11 @@ def _loop(tokens: Tensors, shared: Tensors, lengths: Lengths, key: str) -> list[
         whole = [dense(s, v.order) for s, v in zip(shared, p.shared, strict=True)]
         outputs = [_allocate(v) for v in p.outputs]
         sums = _Sums(p.sums)
-        for start, length in p.chunks:
-            pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, p.tokens, strict=True)]
-            results = p.forward[length](*pieces, *whole)
+        for chunk in _chunks(p):
+            pieces = [chunk.read(t, v) for t, v in zip(tokens, p.tokens, strict=True)]
+            results = p.forward[chunk.length](*pieces, *whole)
             for out, value, piece in zip(outputs, p.outputs, results, strict=False):
-                _write(out, value, p.n, start, length, piece)
+                chunk.write(out, value, piece)
             sums.add(results[len(outputs) :])
         return [*outputs, *sums.results()]
 
@@ -118,33 +160,16 @@ def _loop_backward(
         token_values = [p.tokens[i] for i in b.tokens]
         whole = [dense(s, p.shared[j].order) for s, j in zip(shared, b.shared, strict=True)]
         results_values = [*p.outputs, *p.sums]
-        token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
-        sums = Accumulators(p, b)
-        for start, length in reversed(p.chunks):
-            pieces = [_read(t, v, p.n, start, length) for t, v in zip(tokens, token_values, strict=True)]
-            saved = [_read(k, p.outputs[i], p.n, start, length) for k, i in zip(kept, b.kept, strict=True)]
-            incoming = [_incoming(grads[i], results_values[i], p.n, start, length) for i in b.grads]
-            results = p.backward_bodies[length](*pieces, *whole, *saved, *incoming)
+        gradients = _Gradients(p, b)
+        for chunk in reversed(_chunks(p)):
+            pieces = [chunk.read(t, v) for t, v in zip(tokens, token_values, strict=True)]
+            saved = [chunk.read(k, p.outputs[i]) for k, i in zip(kept, b.kept, strict=True)]
+            incoming = [chunk.read_gradient(grads[i], results_values[i]) for i in b.grads]
+            results = p.backward_bodies[chunk.length](*pieces, *whole, *saved, *incoming)
             del pieces, saved, incoming
-            for i, out in token_grads.items():
-                if i in b.token_grads:
-                    _write(out, p.tokens[i], p.n, start, length, results[b.token_grads[i]])
-                else:
-                    _write_zeros(out, p.tokens[i], p.n, start, length)
-            sums.add(results)
+            gradients.add(chunk, results)
             del results
-        return [*token_grads.values(), *(sums.result(j) for j in _needing(p.shared_needs))]
-
-
-def _incoming(gradient: torch.Tensor | None, value: Value, n: int, start: int, length: int) -> torch.Tensor:
-    if gradient is None:
-        return empty(value.chunk(length), value.order, value.dtype, value.device).zero_()
-    return _read(gradient, value, n, start, length)
-
-
-def _write_zeros(x: torch.Tensor, value: Value, n: int, start: int, length: int) -> None:
-    assert value.cut is not None
-    value.cut.view(x, n, start, length).zero_()
+        return gradients.results()
 
 
 def _loop_backward_fake(
@@ -236,29 +261,18 @@ def _loss_loop(tokens: Tensors, shared: Tensors, seeds: Tensors, lengths: Length
         token_inputs = [tokens[i] for i in b.tokens]
         whole = [dense(shared[j], p.shared[j].order) for j in b.shared]
         outputs = [_allocate(v) for v in p.outputs]
-        token_grads = {i: _allocate(p.tokens[i]) for i in _needing(p.token_needs)}
-        sums, gradients = _Sums(p.sums), Accumulators(p, b)
+        sums, gradients = _Sums(p.sums), _Gradients(p, b)
         incoming = [_seed_of(p, i, seeds) for i in b.grads]
-        for start, length in p.chunks:
-            pieces = [_read(t, v, p.n, start, length) for t, v in zip(token_inputs, token_values, strict=True)]
-            results = p.backward_bodies[length](*pieces, *whole, *incoming)
+        for chunk in _chunks(p):
+            pieces = [chunk.read(t, v) for t, v in zip(token_inputs, token_values, strict=True)]
+            results = p.backward_bodies[chunk.length](*pieces, *whole, *incoming)
             values = [results[i] for i in b.values]
             for out, value, piece in zip(outputs, p.outputs, values, strict=False):
-                _write(out, value, p.n, start, length, piece)
+                chunk.write(out, value, piece)
             sums.add(values[len(outputs) :])
-            for i, out in token_grads.items():
-                if i in b.token_grads:
-                    _write(out, p.tokens[i], p.n, start, length, results[b.token_grads[i]])
-                else:
-                    _write_zeros(out, p.tokens[i], p.n, start, length)
-            gradients.add(results)
+            gradients.add(chunk, results)
             del results, values, pieces
-        return [
-            *sums.results(),
-            *outputs,
-            *token_grads.values(),
-            *(gradients.result(j) for j in _needing(p.shared_needs)),
-        ]
+        return [*sums.results(), *outputs, *gradients.results()]
 
 
 def _seed_of(p: Program, result: int, seeds: Tensors) -> torch.Tensor:

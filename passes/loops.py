@@ -24,6 +24,7 @@ from mstc.passes.seeds import find_seeds, write_seeds
 from mstc.plan.calls import Saving
 from mstc.plan.chunks import Chunks, choose, drafted
 from mstc.plan.saves import Levels, levels_of, saving
+from mstc.plan.words import counted
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         results += list(enumerate(region.sums, start=len(program.outputs)))
     pairs = [(old, _result(editor, call, i, old)) for i, old in results]
     removed = [n.name for n in (*region.nodes, *region.sums)]
-    what = f"{site.label}: {len(removed)} ops in {site.chunks.count} chunks"
+    what = f"{site.label}: {counted(len(removed), 'op')} in {counted(site.chunks.count, 'chunk')}"
     editor.replace_many(pairs, removed, what + (", gradients in the forward" if site.loss else ""))
     if not ctx.options.keeps_checkpoints:
         ctx.facts.setdefault("checkpoints", {})[call] = _blocks(site.region)

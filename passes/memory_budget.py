@@ -30,7 +30,7 @@ from mstc.plan.memory import simulate
 from mstc.plan.saves import Levels
 from mstc.plan.solve import Solution, chosen_calls, least_peak, solve
 from mstc.plan.stages import Levers, Stage, can_run_again, stages_of
-from mstc.plan.words import in_words
+from mstc.plan.words import bytes_text, in_words
 from mstc.report import Fidelity, Refusal
 
 MIB = 2**20
@@ -119,21 +119,17 @@ def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) ->
     if found is not None:
         return found
     least = least_peak(stages, resident).peak + outside_of(budget, draft)
-    brings = [f"{words} brings {_size(more)} of that" for words, more in _brought(draft, levers)]
+    brings = [f"{words} brings {bytes_text(more)} of that" for words, more in _brought(draft, levers)]
     with_offload = replace(levers, offload=True)
     if not levers.offload and levers.recompute:
         less = least_peak(stages_of(draft.step, draft.device, draft.dtype, with_offload), resident).peak
         words = "options={'recompute': {'offload': True}} would do with"
-        brings.append(f"{words} {_size(less + outside_of(budget, draft))}")
+        brings.append(f"{words} {bytes_text(less + outside_of(budget, draft))}")
     raise PlanError(
-        f"option 'memory_budget' is {_size(budget.total)}, but the smallest plan needs {_size(least)} "
-        f"(parameters and inputs {_size(resident)}{'; ' if brings else ''}{', '.join(brings)}); "
+        f"option 'memory_budget' is {bytes_text(budget.total)}, but the smallest plan needs {bytes_text(least)} "
+        f"(parameters and inputs {bytes_text(resident)}{'; ' if brings else ''}{', '.join(brings)}); "
         f"give at least {-(-least // MIB)} MiB, or a shorter sequence"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
 
 
 def _brought(draft: Draft, levers: Levers) -> Iterator[tuple[str, int]]:

@@ -14,7 +14,7 @@ from mstc.cli.console import make_table
 from mstc.dump.blocks import WORDS
 from mstc.dump.diff import Difference, GraphDifference
 from mstc.dump.model import Block, Dump, GraphDump
-from mstc.dump.text import bytes_text, count_text
+from mstc.plan.words import bytes_text, count_text
 
 __all__ = ["print_difference", "print_dump"]
 

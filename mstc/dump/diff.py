@@ -10,7 +10,8 @@ from itertools import zip_longest
 from typing import Any
 
 from mstc.dump.model import Dump, GraphDump
-from mstc.dump.text import bytes_text, graph_text
+from mstc.dump.text import graph_text
+from mstc.plan.words import bytes_text
 from mstc.report import Refusal
 
 Pair = tuple[str, str]

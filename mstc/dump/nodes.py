@@ -17,6 +17,7 @@ from mstc.graph.costs import attention_flops, matmul_flops, nbytes
 from mstc.graph.provenance import dotted, module_of, source_line
 from mstc.ops.program import known, program
 from mstc.passes.loops import is_loop
+from mstc.plan.words import counted
 
 LONGEST = 300  # characters of any text that comes from a model; the rest is counted, not kept
 
@@ -145,7 +146,7 @@ def _body(key: object) -> str:
     if not isinstance(key, str) or not known(key):
         return "a body"
     found = program(key)
-    return f"{found.label!r} in {found.count} chunks"
+    return f"{found.label!r} in {counted(found.count, 'chunk')}"
 
 
 @lru_cache(maxsize=4096)

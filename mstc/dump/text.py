@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from mstc.dump.blocks import WORDS
 from mstc.dump.model import Block, Dump, Fold, GraphDump, Node, Stage
+from mstc.plan.words import bytes_text, count_text
 
 
 def node_line(node: Node) -> str:
@@ -82,21 +83,3 @@ def block_line(block: Block) -> str:
     if block.nbytes:
         parts.append(bytes_text(block.nbytes))
     return ", ".join(parts)
-
-
-def bytes_text(n: float) -> str:
-    """``1.5 GiB``"""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
-
-
-def count_text(n: float) -> str:
-    """``2.1 T``: with a prefix of 1000s and a space, ready for a unit."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(n) < 1000:
-            return f"{n:.0f} " if not prefix else f"{n:.1f} {prefix}"
-        n /= 1000
-    return f"{n:.1f} P"

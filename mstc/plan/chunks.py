@@ -10,6 +10,7 @@ from mstc.graph.regions import Region
 from mstc.graph.sizes import UnknownSize, evaluate
 from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import examples_of
+from mstc.plan.words import bytes_text, counted
 
 # Working set of one chunk that the automatic choice aims at, and the fewest tokens that keep matrix
 # products efficient: measured on the CPU benchmark (docs/benchmarks.md, "Chunk sizes").
@@ -71,14 +72,14 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
     graph serves all lengths, and the one at hand may well be the shortest.
     """
     try:
-        lengths = _Lengths.of(region, tokens_of(region), "tokens")
+        lengths = _Lengths.of(region, tokens_of(region), "token")
     except UnknownSize as problem:
         return Chunks(1, str(problem))
     if isinstance(chunk_tokens, int):
         return lengths.chunks(chunk_tokens, asked=True)
     total = intermediate_bytes(region) * lengths.growth
     if lengths.rows * lengths.growth < (SHORTEST_LOSS if region.sums else SHORTEST) or total < WORTH:
-        return lengths.whole(f"with {total / 2**20:.0f} MiB of intermediates")
+        return lengths.whole(f"with {bytes_text(total)} of intermediates")
     widest = max((nbytes(x) for x in region.nodes), default=0)
     return lengths.chunks(_tokens_per_chunk(lengths.rows, widest))
 
@@ -93,7 +94,7 @@ def cut_further(chunks: Chunks, region: Region, several: float) -> Chunks:
     """Shorter chunks where one holds ``several`` times the bytes of its widest value at once."""
     if chunks.count == 1 or several <= SEVERAL:
         return chunks
-    lengths = _Lengths.of(region, tokens_of(region), "tokens")
+    lengths = _Lengths.of(region, tokens_of(region), "token")
     # A column or two beside two whole values do not ask for a quarter of the tokens.
     per_chunk = max(int(1.1 * lengths.rows / chunks.count / several), FEWEST_OF_SEVERAL)
     finer = lengths.chunks(1 << (per_chunk.bit_length() - 1))
@@ -103,7 +104,7 @@ def cut_further(chunks: Chunks, region: Region, several: float) -> Chunks:
 def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
     """Chunks of queries for attention that is written out: as asked, or where ``"auto"`` by its widest scores."""
     try:
-        lengths = _Lengths.of(region, hint_n(region), "queries")
+        lengths = _Lengths.of(region, hint_n(region), "query")
     except UnknownSize as problem:
         return Chunks(1, str(problem))
     if isinstance(chunk_tokens, int):
@@ -111,15 +112,16 @@ def choose_queries(region: Region, chunk_tokens: int | str) -> Chunks:
     pairs = lengths.growth**2  # queries and keys grow together
     total, widest = intermediate_bytes(region) * pairs, max(nbytes(x) for x in region.nodes) * pairs
     if total < WORTH or widest <= SCORES:
-        return lengths.whole(f"with {total / 2**20:.0f} MiB of scores and weights")
+        return lengths.whole(f"with {bytes_text(total)} of scores and weights")
     return lengths.chunks(max(int(lengths.rows * lengths.growth * SCORES / widest), FEWEST_QUERIES))
 
 
 @dataclass(frozen=True)
 class _Lengths:
-    """A region's axis of ``n`` indices, and the ``rows`` (tokens or queries) that it makes: more in a batch.
+    """A region's axis of ``n`` indices, and the ``rows`` that it makes: more in a batch.
 
-    dynamic: these are those of an example; growth: how much longer the length is taken to be.
+    what: a row is, "token" or "query"; dynamic: these are those of an example; growth: how much longer the length is
+    taken to be.
     """
 
     n: int
@@ -135,21 +137,21 @@ class _Lengths:
         return _Lengths(hint_n(region), rows, what, dynamic, growth)
 
     def whole(self, of_what: str) -> Chunks:
-        return Chunks(1, f"{int(self.rows * self.growth)} {self.what} {of_what}: chunks would not pay")
+        return Chunks(1, f"{counted(int(self.rows * self.growth), self.what)} {of_what}: chunks would not pay")
 
     def chunks(self, per_chunk: int, asked: bool = False) -> Chunks:
         """Chunks of at most so many tokens or queries; of a dynamic length always several."""
         if self.dynamic:
             longest = max(per_chunk * self.n // max(self.rows, 1), 1)
             count = max(-(-self.n // longest), 2)
-            return Chunks(count, f"{per_chunk} {self.what} per chunk of a dynamic length", longest)
+            return Chunks(count, f"{counted(per_chunk, self.what)} per chunk of a dynamic length", longest)
         count = min(-(-self.rows // per_chunk), self.n)
         if count <= 1:
-            return Chunks(1, f"its {self.rows} {self.what} fit into one chunk of {per_chunk}")
+            return Chunks(1, f"its {counted(self.rows, self.what)} fit into one chunk of {per_chunk}")
         if asked:
-            return Chunks(count, f"{per_chunk} {self.what} per chunk as asked")
+            return Chunks(count, f"{counted(per_chunk, self.what)} per chunk as asked")
         count = _even(self.n, count)
-        return Chunks(count, f"{self.rows // count} {self.what} per chunk")
+        return Chunks(count, f"{counted(self.rows // count, self.what)} per chunk")
 
 
 def _tokens_per_chunk(tokens: int, widest: int) -> int:

@@ -1,4 +1,4 @@
-"""A plan in words: for each kind of loop and for attention, how many there are and how they run."""
+"""Numbers in words, and a plan: for each kind of loop and for attention, how many there are and how they run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from mstc.plan.calls import Call
 
-__all__ = ["in_words"]
+__all__ = ["bytes_text", "count_text", "counted", "in_words"]
 
 
 def in_words(calls: Iterable[Call]) -> list[str]:
@@ -41,6 +41,30 @@ def _of(words: str, count: int, calls: Sequence[Call]) -> str:
     return words if count == len(calls) else f"{words} ({count} of {len(calls)})"
 
 
+def counted(n: int, what: str) -> str:
+    """``1 chunk``, ``4 chunks``, ``2 queries``"""
+    many = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{n} {what if n == 1 else many}"
+
+
+def bytes_text(n: float) -> str:
+    """``1.5 GiB``"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def count_text(n: float) -> str:
+    """``2.1 T``: with a prefix of 1000s and a space, ready for a unit."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(n) < 1000:
+            return f"{n:.0f} " if not prefix else f"{n:.1f} {prefix}"
+        n /= 1000
+    return f"{n:.1f} P"
+
+
 def _span(counts: Sequence[int], what: str) -> str:
     least, most = min(counts), max(counts)
-    return f"{most if least == most else f'{least} to {most}'} {what}{'s' * (most > 1)}"
+    return counted(most, what) if least == most else f"{least} to {counted(most, what)}"

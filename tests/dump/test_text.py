@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from mstc.dump.model import Dump
-from mstc.dump.text import blocks_text, bytes_text, count_text, graph_text, stage_diff, to_text
+from mstc.dump.text import blocks_text, graph_text, stage_diff, to_text
 from testkit.dumps import explain, explain_tiny
 
 
@@ -49,13 +48,3 @@ def test_text_of_a_dump(tiny_dump: Dump) -> None:
     ):
         assert part in text
     assert "no graph was captured" in to_text(explain(lambda: 3, options={}))
-
-
-@pytest.mark.parametrize(("n", "said"), [(0, "0 B"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (3 * 2**30, "3.0 GiB")])
-def test_bytes(n: int, said: str) -> None:
-    assert bytes_text(n) == said
-
-
-@pytest.mark.parametrize(("n", "said"), [(12, "12 "), (1.5e12, "1.5 T"), (2e15, "2.0 P")])
-def test_counts(n: float, said: str) -> None:
-    assert count_text(n) == said

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from mstc.plan.calls import Call
-from mstc.plan.words import in_words
+from mstc.plan.words import bytes_text, count_text, counted, in_words
 
 _LOOP: Any = mock.sentinel.program
 
@@ -52,3 +54,21 @@ def test_what_holds_of_some_is_counted() -> None:
 
 def test_an_empty_plan_says_nothing() -> None:
     assert in_words([_call("view", "op")]) == []
+
+
+@pytest.mark.parametrize(("n", "said"), [(0, "0 B"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (3 * 2**30, "3.0 GiB")])
+def test_bytes(n: int, said: str) -> None:
+    assert bytes_text(n) == said
+
+
+@pytest.mark.parametrize(("n", "said"), [(12, "12 "), (1.5e12, "1.5 T"), (2e15, "2.0 P")])
+def test_counts(n: float, said: str) -> None:
+    assert count_text(n) == said
+
+
+@pytest.mark.parametrize(
+    ("n", "what", "said"),
+    [(1, "chunk", "1 chunk"), (0, "op", "0 ops"), (1, "query", "1 query"), (2, "query", "2 queries")],
+)
+def test_counted(n: int, what: str, said: str) -> None:
+    assert counted(n, what) == said

@@ -37,6 +37,22 @@ def _draws_nothing(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.scaled_dot_product_attention.default and not has_order(node)
 
 
+def add_call(
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    before: fx.Node,
+    mode: compat.FakeTensorMode,
+) -> fx.Node:
+    """Add a call just before a node; its ``val`` is computed on fake tensors."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, dict(kwargs))
+    values, named = fx.node.map_arg((args, dict(kwargs)), lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        node.meta["val"] = target(*values, **named)
+    return node
+
+
 class Editor:
     """Changes one graph in normal form on behalf of one pass after another.
 
@@ -72,11 +88,8 @@ class Editor:
         Its ``val`` is computed on fake tensors; it needs a gradient where one of its inputs does
         and its value can.
         """
-        graph = self.gm.graph
-        with graph.inserting_before(before or like):
-            node = graph.call_function(target, args, dict(kwargs or {}))
-        node.meta = {k: like.meta[k] for k in _PROVENANCE if k in like.meta}
-        node.meta["val"] = self._evaluate(node)
+        node = add_call(target, args, kwargs or {}, before or like, self._mode)
+        node.meta |= {k: like.meta[k] for k in _PROVENANCE if k in like.meta}
         node.meta["needs_grad"] = any(i.meta.get("needs_grad") for i in node.all_input_nodes) and _is_float(
             node.meta["val"]
         )
@@ -160,11 +173,6 @@ class Editor:
     def _must_stay(self, node: fx.Node) -> bool:
         """What nothing reads, but has an effect. A random op goes where another draws in its place."""
         return node.is_impure() and not (_draws_nothing(node) or node in self._replaced)
-
-    def _evaluate(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _sort(self) -> None:
         """Stable topological order; random and writing ops keep their order among themselves."""

@@ -81,7 +81,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _mark_held(traced.gm, inputs)
     _drop_asserts(graph)
     _note_effects(graph)
-    _spell_copies(graph, mode)
+    _spell_copies(traced.gm)
     _spell_strided_writes(traced.gm)
     _fold_grad_mode(graph, fakes, grad_mode)
     size_by_inputs(traced.gm)
@@ -199,22 +199,17 @@ def _note_effects(graph: fx.Graph) -> None:
             node.meta.setdefault("val", None)
 
 
-def _spell_copies(graph: fx.Graph, mode: compat.FakeTensorMode) -> None:
+def _spell_copies(gm: fx.GraphModule) -> None:
     """``aten.copy``, which functionalization leaves for ``copy_``, has no derivative: cast and expand instead."""
-    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
-        value = node.meta["val"]
-        with graph.inserting_before(node):
-            source = node.args[1]
-            if source.meta["val"].dtype != value.dtype:
-                source = graph.call_function(aten._to_copy.default, (source,), {"dtype": value.dtype})
-                with mode:
-                    source.meta = {**node.meta, "val": node.args[1].meta["val"].to(value.dtype)}
-            whole = graph.call_function(aten.expand.default, (source, list(value.shape)))
-            result = graph.call_function(aten.clone.default, (whole,))
-        for made in (whole, result):
-            made.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
+    editor = Editor(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy.default):
+        call = partial(editor.call, like=node)
+        value, source = node.meta["val"], node.args[1]
+        if source.meta["val"].dtype != value.dtype:
+            source = call(aten._to_copy.default, (source,), {"dtype": value.dtype})
+        whole = call(aten.expand.default, (source, list(value.shape)))
+        node.replace_all_uses_with(call(aten.clone.default, (whole,)))
+        gm.graph.erase_node(node)
 
 
 def _spell_strided_writes(gm: fx.GraphModule) -> None:

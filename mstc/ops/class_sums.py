@@ -32,7 +32,7 @@ def use_class_sums(graph: fx.Graph) -> None:
         value = node.meta["val"]
         if dim % max(value.dim(), 1) != value.dim() - 1:
             continue
-        write = Writer(graph, node)
+        write = Writer(node)
         total = _sum_over_classes(write, dy, picked)
         if total is None:
             continue
@@ -56,7 +56,7 @@ def _place_picked(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         one = (*value.shape[:-1], 1) == tuple(indices.shape) == tuple(x.meta["val"].shape)
         if base.target not in _ZEROS or not (last and one):
             continue
-        write = Writer(graph, node)
+        write = Writer(node)
         classes = write(aten.arange.default, value.shape[-1], device=value.device)
         new = write(aten.where.ScalarOther, write(aten.eq.Tensor, classes, index), x, 0)
         picked[new] = x

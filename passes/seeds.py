@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.editor import Editor
+from mstc.graph.precision import at_least_float32
 from mstc.graph.rules.call import Call
 
 aten = torch.ops.aten
@@ -65,7 +66,7 @@ def write_seeds(editor: Editor, seeds: Seeds) -> list[fx.Node]:
     """The seed of each sum, as nodes before the loop."""
     end = seeds.chains[0][-1]
     value = end.meta["val"]
-    dtype = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
+    dtype = at_least_float32(value.dtype)
     one = editor.call(aten.full.default, ([], 1.0), {"dtype": dtype, "device": value.device}, like=end)
     known = {end: one}
     for chain in seeds.chains:

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.editor import Editor
+from mstc.graph.precision import at_least_float32
 from mstc.graph.rules.call import Call
 from mstc.graph.sizes import product, quotient, shape_of
 from mstc.ops.pieces import order_of
@@ -86,10 +87,10 @@ def _mean_as_sum(editor: Editor, node: fx.Node) -> fx.Node:
     source = call.operands[0]
     dtype = node.meta["val"].dtype
     if node.target is aten.mean.default:
-        total = editor.call(aten.sum.default, (source,), {"dtype": _wide(dtype)}, like=node)
+        total = editor.call(aten.sum.default, (source,), {"dtype": at_least_float32(dtype)}, like=node)
     else:
         args = (source, call.arg("dim"), call.arg("keepdim", False))
-        total = editor.call(aten.sum.dim_IntList, args, {"dtype": _wide(dtype)}, like=node)
+        total = editor.call(aten.sum.dim_IntList, args, {"dtype": at_least_float32(dtype)}, like=node)
     count = quotient(product(shape_of(source.meta["val"])), product(shape_of(node.meta["val"])))
     mean = editor.call(aten.div.Tensor, (total, editor.number(count, like=node)), like=node)
     return _cast(editor, mean, dtype, node)
@@ -100,7 +101,7 @@ def _loss_as_sum(editor: Editor, node: fx.Node) -> fx.Node:
     reduction = call.arg("reduction", MEAN)
     each = _per_token(editor, call)
     dtype = node.meta["val"].dtype
-    total = editor.call(aten.sum.default, (each,), {"dtype": _wide(dtype)}, like=node)
+    total = editor.call(aten.sum.default, (each,), {"dtype": at_least_float32(dtype)}, like=node)
     if reduction == MEAN:
         total = _divide(editor, call, total, each)
     return _cast(editor, total, dtype, node)
@@ -159,10 +160,6 @@ def _divide(editor: Editor, call: Call, total: fx.Node, each: fx.Node) -> fx.Nod
     safe_norm = editor.call(aten.masked_fill.Scalar, (norm, empty, 1), like=node)
     mean = editor.call(aten.div.Tensor, (total, safe_norm), like=node)
     return editor.call(aten.masked_fill.Scalar, (mean, empty, float("nan")), like=node)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _cast(editor: Editor, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:

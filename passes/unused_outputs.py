@@ -14,6 +14,7 @@ import torch.fx as fx
 
 from mstc.errors import OptionError
 from mstc.graph.editor import Editor
+from mstc.graph.precision import at_least_float32
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
 
@@ -62,7 +63,7 @@ def _names(outputs: list[object]) -> str:
 
 def apply(editor: Editor, site: UnusedSite, ctx: Context) -> None:
     value = site.node.meta["val"]
-    dtype = torch.float32 if value.dtype in (torch.bfloat16, torch.float16) else value.dtype
+    dtype = at_least_float32(value.dtype)
     nan = editor.call(aten.full.default, ([], float("nan")), {"dtype": dtype, "device": value.device}, like=site.node)
     nothing = editor.call(aten.expand.default, (nan, list(value.shape)), like=site.node)
     outputs = list(editor.gm.graph.output_node().args[0])  # type: ignore[arg-type]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from mstc.graph.precision import at_least_float32
 from mstc.ops.writer import Writer
 
 aten = torch.ops.aten
 _ZEROS = (aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
-_LOW = (torch.bfloat16, torch.float16)
 
 
 def use_class_sums(graph: fx.Graph) -> None:
@@ -36,7 +36,7 @@ def use_class_sums(graph: fx.Graph) -> None:
         total = _sum_over_classes(write, dy, picked)
         if total is None:
             continue
-        wide = torch.float32 if value.dtype in _LOW else value.dtype
+        wide = at_least_float32(value.dtype)
         part = write(aten.mul.Tensor, write(aten.exp.default, write.cast(y, wide)), write.cast(total, wide))
         new = write.cast(write(aten.sub.Tensor, write.cast(dy, wide), part), dtype)
         node.replace_all_uses_with(new)

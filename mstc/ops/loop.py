@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from mstc.compat.autocast import no_autocast
 from mstc.errors import LoopError
+from mstc.graph.precision import at_least_float32
 from mstc.ops.accumulate import Accumulators
 from mstc.ops.body import Value
 from mstc.ops.joint import Backward
@@ -93,7 +94,7 @@ class _Sums:
             if total is not None:
                 total.add_(part)
             else:
-                wide = torch.float32 if part.dtype in (torch.bfloat16, torch.float16) else part.dtype
+                wide = at_least_float32(part.dtype)
                 self._totals[i] = torch.empty(part.shape, dtype=wide, device=part.device).copy_(part)
 
     def results(self) -> list[torch.Tensor]:

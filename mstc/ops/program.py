@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from mstc.errors import LoopError
+from mstc.graph.precision import at_least_float32
 from mstc.graph.sizes import Size, evaluate
 from mstc.ops.body import Value
 from mstc.ops.dynamic import DynamicBodies, apart
@@ -114,8 +115,7 @@ class Program:
         )
 
     def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        low = dtype in (torch.bfloat16, torch.float16)
-        return torch.float32 if low and self.accumulate == "float32" else dtype
+        return at_least_float32(dtype) if self.accumulate == "float32" else dtype
 
 
 _programs: dict[str, Program] = {}

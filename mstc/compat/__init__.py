@@ -9,6 +9,8 @@ The modules `autocast`, `building` and `errors` are used by name; what the other
 from mstc.compat.captured import Captured, capture
 from mstc.compat.dynamo import (
     autograd_function_apply,
+    copy_source,
+    copy_sources,
     data_of,
     input_kind,
     input_name,
@@ -58,6 +60,8 @@ __all__ = [
     "compile_by_shape",
     "compile_for",
     "compile_name",
+    "copy_source",
+    "copy_sources",
     "count_auto_chunkings",
     "data_of",
     "draws_as_eager",

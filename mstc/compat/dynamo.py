@@ -23,6 +23,8 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "autograd_function_apply",
+    "copy_source",
+    "copy_sources",
     "data_of",
     "input_kind",
     "input_name",
@@ -57,6 +59,18 @@ def vmap_step(node: fx.Node) -> int | None:
 def is_checkpoint(target: object) -> bool:
     """The higher-order op into which Dynamo turns ``torch.utils.checkpoint``."""
     return isinstance(target, TagActivationCheckpoint)
+
+
+def copy_source(old: fx.Node, new: fx.Node) -> None:
+    """Let an input's copy in another graph tell where Dynamo took it from, as the input does."""
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source
+
+
+def copy_sources(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """The same for the parameters of a graph, which AOTAutograd looks up by their names."""
+    if hasattr(old, "_param_name_to_source"):
+        new._param_name_to_source = old._param_name_to_source
 
 
 def input_name(node: fx.Node) -> str:

@@ -27,8 +27,7 @@ def with_own_memory(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.Node | None]
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in gm.graph.nodes:
         made[node] = graph.node_copy(node, made.__getitem__)
-        if hasattr(node, "_dynamo_source"):
-            made[node]._dynamo_source = node._dynamo_source
+        compat.copy_source(node, made[node])
         if node in cloned:
             copy = graph.call_method("clone", (made[node],))
             copy.meta = dict(node.meta)

@@ -99,8 +99,7 @@ def fold_vmap(gm: fx.GraphModule) -> fx.GraphModule:
             _fold(graph, ends[node], made)
         elif node not in inside:
             made[node] = graph.node_copy(node, made.__getitem__)
-            if hasattr(node, "_dynamo_source"):
-                made[node]._dynamo_source = node._dynamo_source
+            compat.copy_source(node, made[node])
     return fx.GraphModule(gm, graph)
 
 

@@ -166,14 +166,11 @@ def _read_clone(graph: fx.Graph, target: fx.Node, last: fx.Node, value: torch.Te
 def _carry_metadata(old: fx.GraphModule, placeholders: Sequence[fx.Node], new: fx.GraphModule) -> None:
     """Keep what the lowering reads off Dynamo's graph: sources of inputs, names of parameters, compile ids."""
     new.meta.update(old.meta)
-    for key in ("_param_name_to_source",):
-        if hasattr(old, key):
-            setattr(new, key, getattr(old, key))
+    compat.copy_sources(old, new)
     for before, after in zip(placeholders, new.graph.find_nodes(op="placeholder"), strict=True):
         after.meta.update({k: before.meta[k] for k in _CARRIED if k in before.meta})
         after.meta["user_name"] = before.name
-        if hasattr(before, "_dynamo_source"):
-            after._dynamo_source = before._dynamo_source
+        compat.copy_source(before, after)
         if before.meta.get("stack_trace"):
             after.meta["stack_trace"] = before.meta["stack_trace"]
 

@@ -41,6 +41,7 @@ from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.predicates.marks import marked
 from mstc.graph.predicates.reader import Reader
 from mstc.graph.predicates.verdict import Unproven, fact_of
+from mstc.graph.reach import ancestors
 from mstc.passes.base import Context, Pass, refuse
 from mstc.report import Fidelity, Refusal
 
@@ -191,19 +192,10 @@ def _obstacle(call: Call, mask: fx.Node) -> str:
     return ""
 
 
-def _input_names(nodes: Any) -> str:
+def _input_names(nodes: Iterable[fx.Node]) -> str:
     """The user's names for the inputs that nodes are computed from, a few of them."""
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    names: set[str] = set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        todo += node.all_input_nodes
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
-            names.add(node.meta.get("user_name", node.name))
+    inputs = [n for n in ancestors(nodes) if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    names = {n.meta.get("user_name", n.name) for n in inputs}
     shown = sorted(names)[:3]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

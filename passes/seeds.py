@@ -19,6 +19,7 @@ import torch.fx as fx
 
 from mstc.graph.editor import Editor
 from mstc.graph.precision import at_least_float32
+from mstc.graph.reach import descendants
 from mstc.graph.rules.call import Call
 
 aten = torch.ops.aten
@@ -52,7 +53,7 @@ def find_seeds(sums: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> Seeds | Non
 
     nodes: of the loop; what depends on them cannot be a factor of a seed, which the loop needs beforehand.
     """
-    later = _later((*nodes, *sums))
+    later = descendants((*nodes, *sums))
     chains = [_chain(s, later) for s in sums]
     if not chains:
         return None
@@ -74,17 +75,6 @@ def write_seeds(editor: Editor, seeds: Seeds) -> list[fx.Node]:
             if source not in known:
                 known[source] = _pull(editor, source, user, known[user])
     return [known[s] for s in seeds.sums]
-
-
-def _later(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.users)
-    return found
 
 
 def _chain(node: fx.Node, later: set[fx.Node]) -> list[fx.Node]:

@@ -37,7 +37,7 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
 
     pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
     """
-    made = written(gm.graph) if fused else None
+    made = in_memory(gm.graph) if fused else None
     ends = _last_reads(gm.graph, made)
     dying: dict[fx.Node, list[fx.Node]] = {}
     for value, end in ends.items():
@@ -133,7 +133,7 @@ def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]
     return found
 
 
-def written(graph: fx.Graph) -> dict[fx.Node, None]:
+def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
     """The nodes whose values exist in memory when pointwise chains are fused, each once."""
     made: dict[fx.Node, None] = {}
     for node in graph.nodes:

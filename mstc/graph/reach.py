@@ -1,4 +1,4 @@
-"""What a node depends on, and what depends on it, within a set of nodes."""
+"""What a node depends on, and what depends on it, within a set of nodes or (None) the whole graph."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from collections.abc import Callable, Iterable
 import torch.fx as fx
 
 
-def ancestors(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node], within: set[fx.Node] | None = None) -> set[fx.Node]:
     """``nodes`` and everything in ``within`` that they depend on."""
     return _reached(nodes, within, lambda n: n.all_input_nodes)
 
 
-def descendants(nodes: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+def descendants(nodes: Iterable[fx.Node], within: set[fx.Node] | None = None) -> set[fx.Node]:
     """``nodes`` and everything in ``within`` that depends on them."""
     return _reached(nodes, within, lambda n: n.users)
 
 
 def _reached(
-    nodes: Iterable[fx.Node], within: set[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+    nodes: Iterable[fx.Node], within: set[fx.Node] | None, neighbours: Callable[[fx.Node], Iterable[fx.Node]]
 ) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    stack = [n for n in nodes if n in within]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        stack.extend(n for n in neighbours(node) if n in within)
+        if node not in found and (within is None or node in within):
+            found.add(node)
+            stack.extend(neighbours(node))
     return found

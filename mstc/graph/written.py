@@ -103,7 +103,7 @@ def _from_softmax(softmax: fx.Node, rank: Mapping[fx.Node, int], weights: Weight
     over = Call(softmax).dim()
     keys = Place(over, shape[over])
     others = [d for d in range(len(shape)) if d != over and not same(shape[d], 1)]
-    for dim in sorted(others, key=lambda d: (-hint_of(softmax, d), -d)):
+    for dim in sorted(others, key=lambda d: (-_hint(softmax, d), -d)):
         ends, readers = _ends(softmax, Place(dim, shape[dim]), keys)
         found = [w for end in ends if (w := _written(softmax, end, readers, rank, weights)) is not None]
         if found:
@@ -111,7 +111,7 @@ def _from_softmax(softmax: fx.Node, rank: Mapping[fx.Node, int], weights: Weight
             return
 
 
-def hint_of(node: fx.Node, dim: int) -> int:
+def _hint(node: fx.Node, dim: int) -> int:
     return hint(node.meta["val"].shape[dim])
 
 

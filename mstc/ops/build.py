@@ -21,17 +21,15 @@ from mstc.graph.text import canonical_text, digest
 from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
-from mstc.ops.dynamic import DynamicBodies
+from mstc.ops.dynamic import Body, DynamicBodies
 from mstc.ops.joint import BackwardBody, Fakes, Joint, Needs, backward_body, trace_joint
 from mstc.ops.pieces import balanced
 from mstc.ops.program import BodyCosts, Program
 from mstc.ops.where_read import compute_where_read
 
-Call = Callable[..., Any]
-
 # Part of every key: what the compiler caches under a loop's name holds for this code of the ops only.
 _CODE = digest(*(f.read_text(encoding="utf-8") for f in sorted(Path(__file__).parent.glob("*.py"))))
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Call]
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Body]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def costs_of(region: Region, recipe: Recipe) -> BodyCosts:
     return builder.trace(forward_body(region, at.values), at).costs(length, recipe.fused)
 
 
-def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Call:
+def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Body:
     raise AssertionError("this body is not to be compiled")
 
 
@@ -159,8 +157,8 @@ class _Traced:
 class _Bodies:
     """Compiled bodies for one set of lengths, and what they came from."""
 
-    forward: Call | None
-    backward: Call | None
+    forward: Body | None
+    backward: Body | None
     traced: _Traced
 
 
@@ -221,7 +219,7 @@ class _Builder:
         body = forward_body(self.region, None)
         made = self._compile(body, _Lengths(mode, dict(zip(names, symints, strict=True)), symints))
 
-        def special(values: Sequence[int]) -> tuple[Call | None, Call | None]:
+        def special(values: Sequence[int]) -> tuple[Body | None, Body | None]:
             own = self._compile(with_lengths(body, values), _Lengths.of(dict(zip(names, values, strict=True))))
             return own.forward, _as_laid_out(own, made.traced.backward)
 
@@ -279,7 +277,7 @@ class _Builder:
             return found, trace_joint(body, found, self.needs)
 
     def _program(
-        self, key: str, body: BackwardBody | None, forward: dict[int, Call], backward: dict[int, Call]
+        self, key: str, body: BackwardBody | None, forward: dict[int, Body], backward: dict[int, Body]
     ) -> Program:
         recipe = self.recipe
         token_needs, shared_needs = self.needs.tokens, self.needs.shared
@@ -316,7 +314,7 @@ def examples_of(region: Region) -> dict[sympy.Symbol, int]:
     return {s: UNKNOWN_LENGTH if (e := found.get(s)) is None else e for s in dynamic_lengths(region)}
 
 
-def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Call | None:
+def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Body | None:
     """The backward body for special lengths, its results in the places where the general one has them.
 
     The same node may serve as two results at one length and not at another.

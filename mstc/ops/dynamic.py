@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-Call = Callable[..., Any]
+Body = Callable[..., Any]  # traced or compiled
 T = TypeVar("T")
 
 
@@ -24,17 +24,17 @@ class DynamicBodies:
     for just these lengths.
     """
 
-    forward: Call | None
-    backward: Call | None
+    forward: Body | None
+    backward: Body | None
     holds: Callable[[Sequence[int]], bool]
-    special: Callable[[Sequence[int]], tuple[Call | None, Call | None]]
-    _known: dict[tuple[int, ...], tuple[Call | None, Call | None]] = field(default_factory=dict)
+    special: Callable[[Sequence[int]], tuple[Body | None, Body | None]]
+    _known: dict[tuple[int, ...], tuple[Body | None, Body | None]] = field(default_factory=dict)
 
-    def at(self, lengths: Sequence[int]) -> tuple[Mapping[int, Call], Mapping[int, Call]]:
+    def at(self, lengths: Sequence[int]) -> tuple[Mapping[int, Body], Mapping[int, Body]]:
         """Forward and backward bodies by chunk length, for these dynamic lengths."""
         return _ByLength(self, tuple(lengths), 0), _ByLength(self, tuple(lengths), 1)
 
-    def bodies(self, lengths: tuple[int, ...]) -> tuple[Call | None, Call | None]:
+    def bodies(self, lengths: tuple[int, ...]) -> tuple[Body | None, Body | None]:
         """Both bodies for these lengths, the chunk's own last."""
         found = self._known.get(lengths)
         if found is None:
@@ -52,15 +52,15 @@ def apart(trace: Callable[..., T], *args: Any) -> T:
         return thread.submit(trace, *args).result()
 
 
-def _with_lengths(body: Call | None, lengths: tuple[int, ...]) -> Call | None:
+def _with_lengths(body: Body | None, lengths: tuple[int, ...]) -> Body | None:
     return None if body is None else lambda *args: body(*args, *lengths)
 
 
-class _ByLength(Mapping[int, Call]):
+class _ByLength(Mapping[int, Body]):
     def __init__(self, bodies: DynamicBodies, lengths: tuple[int, ...], which: int) -> None:
         self._bodies, self._lengths, self._which = bodies, lengths, which
 
-    def __getitem__(self, length: int) -> Call:
+    def __getitem__(self, length: int) -> Body:
         found = self._bodies.bodies((*self._lengths, length))[self._which]
         assert found is not None
         return found

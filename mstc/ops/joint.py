@@ -285,10 +285,9 @@ def backward_body(
 
 def _sources(joint: Joint) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """For each token input and each shared input: the results whose gradients its own is made of."""
-    everything = set(joint.gm.graph.nodes)
 
     def of(gradients: list[fx.Node]) -> tuple[int, ...]:
-        above = ancestors(gradients, everything)
+        above = ancestors(gradients)
         found = tuple(i for i, cotangent in joint.cotangents.items() if cotangent in above)
         # A derivative that is zero whatever comes in still is one.
         return found or (tuple(joint.cotangents) if gradients else ())

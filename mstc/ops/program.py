@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import sympy
 import torch
@@ -15,11 +14,11 @@ from mstc.errors import LoopError
 from mstc.graph.precision import at_least_float32
 from mstc.graph.sizes import Size, evaluate
 from mstc.ops.body import Value
-from mstc.ops.dynamic import DynamicBodies, apart
+from mstc.ops.dynamic import Body, DynamicBodies, apart
 from mstc.ops.joint import Backward
 from mstc.ops.pieces import balanced
 
-Bodies = Mapping[int, Callable[..., Any]]  # by the length of the chunk
+Bodies = Mapping[int, Body]  # by the length of the chunk
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.costs import is_heavy, numel, operands_of_product
-from mstc.graph.live import is_fusible, is_view, root_of, written
+from mstc.graph.live import in_memory, is_fusible, is_view, root_of
 from mstc.graph.reach import ancestors, descendants
 from mstc.ops.writer import Writer
 
@@ -62,7 +62,7 @@ def compute_where_read(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
     graph = whole.graph
     graph.eliminate_dead_code()
     wide = {n for n in graph.nodes if n.op == "call_function" and numel(n) * WIDENS >= widest}
-    for gradient in [n for n in written(graph) if n in wide and is_fusible(n)]:
+    for gradient in [n for n in in_memory(graph) if n in wide and is_fusible(n)]:
         _come_last(gradient, wide)
     _copy_per_reader(graph, wide)
     graph.lint()
@@ -133,6 +133,6 @@ def _copy_per_reader(graph: fx.Graph, wide: set[fx.Node]) -> None:
 
 def _inlined(graph: fx.Graph) -> set[fx.Node]:
     """What is computed in the kernels that read it."""
-    in_memory = written(graph)
+    held = in_memory(graph)
     calls = [n for n in graph.nodes if n.op == "call_function" and (is_view(n) or is_fusible(n))]
-    return {n for n in calls if root_of(n) not in in_memory}
+    return {n for n in calls if root_of(n) not in held}

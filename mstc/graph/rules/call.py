@@ -79,6 +79,11 @@ def broadcast_map(rank: int, result_rank: int) -> Map:
     return tuple(d + result_rank - rank for d in range(rank))
 
 
+def mixing(rank: int, *dims: int) -> Map:
+    """The identity but for dimensions that the op mixes."""
+    return without(rank, dict.fromkeys(dims, Lost.MIXED), removed=False)
+
+
 def without(rank: int, lost: dict[int, Lost], removed: bool) -> Map:
     """The identity but for ``lost`` dimensions, which leave the result where ``removed``."""
     result: list[int | Lost] = []

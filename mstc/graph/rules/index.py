@@ -6,7 +6,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.places import Flow, Lost
-from mstc.graph.rules.call import Call, Map, Rule
+from mstc.graph.rules.call import Call, Map, Rule, mixing
 from mstc.graph.sizes import same
 
 aten = torch.ops.aten
@@ -21,37 +21,30 @@ def embedding(call: Call) -> Flow | None:
 
 def gather(call: Call) -> Flow | None:
     """y[i, j] = x[i, index[i, j]] for dim = 1: other dimensions must have equal sizes."""
-    source, index = call.shape(0), call.shape(1)
-    if len(source) != len(index) or not source:
-        return None
-    dim = call.dim()
-    if any(d != dim and not same(source[d], index[d]) for d in range(len(source))):
-        return None
-    read: Map = tuple(MIXED if d == dim else d for d in range(len(source)))
+    read = _beside(call)
     # Along ``dim`` the index is free, but its result is not aligned with the source.
-    return call.flow(read, tuple(range(len(index))))
+    return None if read is None else call.flow(read, tuple(range(len(read))))
 
 
-def scatter_value(call: Call) -> Flow | None:
-    """x with a number written at index: tokenwise along the dimensions other than ``dim``."""
-    return gather_like_write(call)
+def scatter(call: Call) -> Flow | None:
+    """x with numbers written at index: tokenwise along the dimensions other than ``dim``."""
+    each = _beside(call)
+    return None if each is None else call.flow(*(each for _ in call.operands))
 
 
-def gather_like_write(call: Call) -> Flow | None:
+def _beside(call: Call) -> Map | None:
+    """The identity but for ``dim``, where source and index have equal sizes in all other dimensions."""
     source, index = call.shape(0), call.shape(1)
     if len(source) != len(index) or not source:
         return None
     dim = call.dim()
     if any(d != dim and not same(source[d], index[d]) for d in range(len(source))):
         return None
-    each: Map = tuple(MIXED if d == dim else d for d in range(len(source)))
-    return call.flow(*(each for _ in call.operands))
+    return mixing(len(source), dim)
 
 
 def index_select(call: Call) -> Flow | None:
-    dim = call.dim()
-    read: Map = tuple(MIXED if d == dim else d for d in range(len(call.shape(0))))
-    return call.flow(read, (dim,))
+    return call.flow(mixing(len(call.shape(0)), call.dim()), (call.dim(),))
 
 
 def index(call: Call) -> Flow | None:
@@ -82,9 +75,9 @@ def one_hot(call: Call) -> Flow | None:
 INDEX_RULES: dict[object, Rule] = {
     aten.embedding.default: embedding,
     aten.gather.default: gather,
-    aten.scatter.value: scatter_value,
-    aten.scatter.src: gather_like_write,
-    aten.scatter_add.default: gather_like_write,
+    aten.scatter.value: scatter,
+    aten.scatter.src: scatter,
+    aten.scatter_add.default: scatter,
     aten.index_select.default: index_select,
     aten.index.Tensor: index,
     aten.one_hot.default: one_hot,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mstc.graph.places import Flow, Lost, ViewFlow
-from mstc.graph.rules.call import Call, Map, Rule, broadcast_map
+from mstc.graph.rules.call import Call, Map, Rule, broadcast_map, mixing, without
 from mstc.graph.sizes import same
 
 aten = torch.ops.aten
@@ -53,8 +53,7 @@ def one_dim_mixed(call: Call) -> Flow | None:
     rank = len(call.shape())
     if rank == 0:
         return call.flow(())
-    dim = call.dim()
-    return call.flow(tuple(MIXED if d == dim else d for d in range(rank)))
+    return call.flow(mixing(rank, call.dim()))
 
 
 def slice_(call: Call) -> Flow | None:
@@ -66,35 +65,27 @@ def slice_(call: Call) -> Flow | None:
 
 
 def select(call: Call) -> Flow | None:
-    rank, dim = len(call.shape()), call.dim()
-    return call.flow(tuple(MIXED if d == dim else d - (d > dim) for d in range(rank)))
+    """The dimension ``dim`` goes: select, unbind."""
+    return call.flow(without(len(call.shape()), {call.dim(): MIXED}, removed=True))
 
 
 def slice_scatter(call: Call) -> Flow | None:
     """x with a stretch of ``dim`` written: the other dimensions go along in both."""
-    dim = call.dim()
-    each: Map = tuple(MIXED if d == dim else d for d in range(len(call.shape())))
+    each = mixing(len(call.shape()), call.dim())
     return call.flow(each, each)
 
 
 def select_scatter(call: Call) -> Flow | None:
     """x with one index of ``dim`` written."""
     rank, dim = len(call.shape()), call.dim()
-    each: Map = tuple(MIXED if d == dim else d for d in range(rank))
-    return call.flow(each, tuple(d for d in range(rank) if d != dim))
-
-
-def unbind(call: Call) -> Flow | None:
-    rank, dim = len(call.shape()), call.dim()
-    return call.flow(tuple(MIXED if d == dim else d - (d > dim) for d in range(rank)))
+    return call.flow(mixing(rank, dim), tuple(d for d in range(rank) if d != dim))
 
 
 def cat(call: Call) -> Flow | None:
     rank = len(call.result)
     if any(len(s) != rank for s in call.shapes):
         return None  # the legacy empty tensor
-    dim = call.dim()
-    each: Map = tuple(MIXED if d == dim else d for d in range(rank))
+    each = mixing(rank, call.dim())
     return call.flow(*(each for _ in call.operands))
 
 
@@ -110,19 +101,18 @@ def pad(call: Call) -> Flow | None:
     rank = len(call.shape())
     amounts: list[Any] = list(call.arg("pad"))
     touched = {rank - 1 - i // 2 for i, a in enumerate(amounts) if not (isinstance(a, int) and a == 0)}
-    return call.flow(tuple(MIXED if d in touched else d for d in range(rank)))
+    return call.flow(mixing(rank, *touched))
 
 
 def tri(call: Call) -> Flow | None:
     """Upper and lower triangles compare the last two dimensions."""
     rank = len(call.shape())
-    return call.flow(tuple(MIXED if d >= rank - 2 else d for d in range(rank)))
+    return call.flow(mixing(rank, rank - 2, rank - 1))
 
 
 def flip(call: Call) -> Flow | None:
     rank = len(call.shape())
-    touched = {int(d) % rank for d in call.arg("dims")}
-    return call.flow(tuple(MIXED if d in touched else d for d in range(rank)))
+    return call.flow(mixing(rank, *(int(d) % rank for d in call.arg("dims"))))
 
 
 def repeat_interleave(call: Call) -> Flow | None:
@@ -143,7 +133,7 @@ def roll(call: Call) -> Flow | None:
     """Dimensions that are rolled change; without any given, the flattened whole is rolled."""
     rank = len(call.shape())
     touched = {int(d) % rank for d in call.arg("dims")} or set(range(rank))
-    return call.flow(tuple(MIXED if d in touched else d for d in range(rank)))
+    return call.flow(mixing(rank, *touched))
 
 
 def made_like(call: Call) -> Flow | None:
@@ -169,7 +159,7 @@ SHAPE_RULES: dict[object, Rule] = {
     aten.select.int: select,
     aten.slice_scatter.default: slice_scatter,
     aten.select_scatter.default: select_scatter,
-    aten.unbind.int: unbind,
+    aten.unbind.int: select,
     aten.cat.default: cat,
     aten.stack.default: stack,
     aten.pad.default: pad,

@@ -15,9 +15,9 @@ import torch.fx as fx
 from mstc.graph.describe import region_info
 from mstc.graph.editor import Editor
 from mstc.graph.regions import Region
-from mstc.ops import loop as _registered  # noqa: F401  (the ops that are called below)
 from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import Recipe, build
+from mstc.ops.loop import LOOP, LOSS_LOOP, is_loop
 from mstc.ops.program import Program
 from mstc.passes.base import Context
 from mstc.passes.seeds import find_seeds, write_seeds
@@ -59,11 +59,6 @@ def chunks_of(region: Region, asked: int | str, ctx: Context) -> Chunks | None:
         return choose(region, asked) if isinstance(asked, int) else drafted(region)
     chosen = ctx.chosen.get(loop_key(region))
     return None if chosen is None else Chunks(chosen.chunks, "as planned under the memory budget")
-
-
-def is_loop(node: fx.Node) -> bool:
-    """Whether a node calls a loop op."""
-    return node.op == "call_function" and str(node.target).startswith(("mstc.loop", "mstc.loss_loop"))
 
 
 def has_loops(gm: fx.GraphModule) -> bool:
@@ -135,10 +130,10 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     lengths = [editor.length(symbol, like=like) for symbol in program.lengths]
     if site.loss:
         seeds = _seeds(editor, region)
-        call = editor.call(torch.ops.mstc.loss_loop.default, (tokens, shared, seeds, lengths, program.key), like=like)
+        call = editor.call(LOSS_LOOP, (tokens, shared, seeds, lengths, program.key), like=like)
         results = list(enumerate([*region.sums, *(n for n, _ in region.outputs)]))
     else:
-        call = editor.call(torch.ops.mstc.loop.default, (tokens, shared, lengths, program.key), like=like)
+        call = editor.call(LOOP, (tokens, shared, lengths, program.key), like=like)
         results = list(enumerate(n for n, _ in region.outputs))
         results += list(enumerate(region.sums, start=len(program.outputs)))
     pairs = [(old, _result(editor, call, i, old)) for i, old in results]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from mstc.graph.editor import Editor
+from mstc.ops.loop import is_loop
 from mstc.passes.base import Chosen, Context, Pass
-from mstc.passes.loops import is_loop
 from mstc.report import Fidelity
 
 

@@ -15,8 +15,8 @@ from mstc import compat
 from mstc.dump.model import Node
 from mstc.graph.costs import attention_flops, matmul_flops, nbytes
 from mstc.graph.provenance import dotted, module_of, source_line
+from mstc.ops.loop import is_loop
 from mstc.ops.program import known, program
-from mstc.passes.loops import is_loop
 from mstc.plan.words import counted
 
 LONGEST = 300  # characters of any text that comes from a model; the rest is counted, not kept

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch.profiler import record_function
 
 from mstc.compat.autocast import no_autocast
@@ -40,6 +41,13 @@ torch.library.define(
 torch.library.define(
     "mstc::loss_loop", "(Tensor[] tokens, Tensor[] shared, Tensor[] seeds, SymInt[] lengths, str key) -> Tensor[]"
 )
+
+LOOP, LOSS_LOOP = torch.ops.mstc.loop.default, torch.ops.mstc.loss_loop.default
+
+
+def is_loop(node: fx.Node) -> bool:
+    """Whether a node calls one of the two."""
+    return node.target in (LOOP, LOSS_LOOP)
 
 
 # -- reading and writing chunks ------------------------------------------------------------------

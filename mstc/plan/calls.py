@@ -18,13 +18,13 @@ from torch.utils.flop_counter import flop_registry
 from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
 from mstc.graph.live import is_view
+from mstc.ops.loop import LOSS_LOOP, is_loop
 from mstc.ops.program import Program, program
 from mstc.plan.work import Cost, loop_cost
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 _SCANS = tuple(f"mstc.{name}.default" for name in ("scalar_decay", "vector_decay", "delta_rule", "dplr"))
-_LOOP, _LOSS_LOOP = "mstc.loop.default", "mstc.loss_loop.default"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Reader:
             makes = {node.name: bytes_of(value)}
         self.sizes |= makes
         reads = tuple(dict.fromkeys(self.memory(i) for i in node.all_input_nodes))
-        if str(node.target) in (_LOOP, _LOSS_LOOP):
+        if is_loop(node):
             yield self._loop(node, reads, tuple(makes))
         elif node.target is ATTENTION:
             yield self._attention(node, reads)
@@ -191,7 +191,7 @@ class _Reader:
     def _loop(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
         p = program(str(node.args[-1])).example()
         tokens, shared = list(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-        loss = str(node.target) == _LOSS_LOOP
+        loss = node.target is LOSS_LOOP
         grads = self._grads([*tokens, *shared])
         keeps: list[str] = []
         if loss:
@@ -315,7 +315,7 @@ def attention_workspace(q: torch.Tensor, node: fx.Node) -> tuple[int, int]:
 def _copied_gradient(node: fx.Node) -> int:
     """A loop's gradient for attention lies as its result does."""
     out = node.meta["val"]
-    by_loop = any(str(u.target) in (_LOOP, _LOSS_LOOP) for u in node.users)
+    by_loop = any(map(is_loop, node.users))
     heads_inside = out.dim() == 4 and out.transpose(1, 2).is_contiguous()
     return bytes_of(out) if by_loop and not heads_inside else 0
 

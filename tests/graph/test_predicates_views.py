@@ -135,7 +135,8 @@ def chains(draw: st.DrawFn) -> Program:
 
 def _factored(value: torch.Tensor, a: int) -> torch.Tensor:
     count = value.numel()
-    first = [n for n in (2, 3, 4, 1, 6) if n and count % n == 0][a % 2]
+    fitting = [n for n in (2, 3, 4, 1, 6) if count % n == 0]
+    first = fitting[a % len(fitting)]
     return value.reshape(first, count // first)
 
 

@@ -14,7 +14,7 @@ to the stage that follows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +81,11 @@ ALL_LEVERS = Levers()
 
 
 def stages_of(step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVERS) -> list[Stage]:
-    """The stages of a step with the options of each."""
+    """The stages of a step with the options of each; dtype: by name, of its products.
+
+    Stages that are alike are measured once.
+    """
+    bench = _Bench(step, device, dtype, levers)
     known: dict[Any, Stage] = {}
     found = []
     cut = list(_cut(step))
@@ -89,7 +93,7 @@ def stages_of(step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVER
     for calls, places in zip(cut, movable, strict=True):
         key = (places, *(_shape(c, step) for c in calls))
         if key not in known:
-            known[key] = _stage(step, calls, device, dtype, levers, places)
+            known[key] = bench.stage(calls, places)
         found.append(replace(known[key], calls=tuple(calls)))
     return found
 
@@ -176,20 +180,6 @@ def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int
     ]
 
 
-def _stage(
-    step: Step,
-    calls: list[Call],
-    device: Device,
-    dtype: str,
-    levers: Levers,
-    movable: tuple[tuple[int, int], ...],
-) -> Stage:
-    gradients = sum(step.sizes[m] for m in {m for c in calls for m in c.grads} if m in step.parameters)
-    choices = _choices(calls, step.training, levers, movable)
-    options = [_option(step, calls, choice, device, dtype) for choice in choices]
-    return Stage(tuple(calls), gradients, tuple(_undominated(options) if levers.pruned else options))
-
-
 def _choices(
     calls: Sequence[Call], training: bool, levers: Levers, movable: Sequence[tuple[int, int]] = ()
 ) -> Iterator[Choice]:
@@ -224,46 +214,54 @@ def _counts(call: Call, levers: Levers) -> list[int]:
     return counts
 
 
-def _option(step: Step, calls: list[Call], choice: Choice, device: Device, dtype: str) -> Option:
-    """One choice, measured by running the stage by itself."""
-    chosen = apply_choice(calls, choice)
-    inner = {m for c in calls for m in c.makes}
-    later = _read_outside(step, calls) & inner
-    outer = {m for c in calls for m in (*c.reads, *c.grads)} - inner
-    alone = Step(chosen, step.sizes, tuple(outer), (), tuple(later), step.training)
-    timeline = simulate(alone, part=True)
-    base = sum(step.sizes[m] for m in outer)
-    kept_later = {m for m in _kept(step) if m in inner}
-    offloaded = {m for c in chosen for m in c.offloads}
-    saved = ((timeline.kept | kept_later) - offloaded) | (inner & set(step.outputs))
-    away = sum(step.sizes[m] for m in offloaded)
-    behind = sum(step.sizes[m] for m in offloaded & later)
-    passing = sum(step.sizes[m] for m in later - saved - offloaded)
-    # Where copies overlap, what the stage before needs is on its way already while this one runs its backward.
-    carry = (behind + passing, behind + away if device.overlaps else behind)
-    return Option(
-        choice,
-        sum(step.sizes[m] for m in saved),
-        max(p.total for p in timeline.points if not p.backward) - base,
-        max((p.total for p in timeline.points if p.backward), default=base) - base,
-        seconds(chosen, device, dtype, step.training, away),
-        carry,
-        away,
-    )
+class _Bench:
+    """Measures what the stages of a step cost, each run by itself."""
 
-
-def _kept(step: Step) -> set[str]:
-    """Results that the backward of some call reads, whatever is chosen."""
-    if not hasattr(step, "_kept_anyway"):
+    def __init__(self, step: Step, device: Device, dtype: str, levers: Levers) -> None:
+        self._step, self._device, self._dtype, self._levers = step, device, dtype, levers
+        # Results that the backward of some call reads, whatever is chosen.
         always = {m for c in step.calls for m in c.keeps} | {m for c in step.calls if c.again for m in c.reads}
-        made = {m for c in step.calls if not can_run_again(c) for m in c.makes}
-        step._kept_anyway = always & made  # type: ignore[attr-defined]
-    return step._kept_anyway  # type: ignore[attr-defined, no-any-return]
+        self._kept = always & {m for c in step.calls if not can_run_again(c) for m in c.makes}
 
+    def stage(self, calls: list[Call], movable: Sequence[tuple[int, int]]) -> Stage:
+        """These calls with all options; movable: results that may be offloaded, by the positions of call and result."""
+        step, levers = self._step, self._levers
+        gradients = self._bytes({m for c in calls for m in c.grads if m in step.parameters})
+        options = [self._option(calls, choice) for choice in _choices(calls, step.training, levers, movable)]
+        return Stage(tuple(calls), gradients, tuple(_undominated(options) if levers.pruned else options))
 
-def _read_outside(step: Step, calls: list[Call]) -> set[str]:
-    names = {c.name for c in calls}
-    return {m for c in step.calls if c.name not in names for m in c.reads} | set(step.outputs)
+    def _option(self, calls: list[Call], choice: Choice) -> Option:
+        step = self._step
+        chosen = apply_choice(calls, choice)
+        inner = {m for c in calls for m in c.makes}
+        later = self._read_outside(calls) & inner
+        outer = {m for c in calls for m in (*c.reads, *c.grads)} - inner
+        timeline = simulate(Step(chosen, step.sizes, tuple(outer), (), tuple(later), step.training), part=True)
+        base = self._bytes(outer)
+        offloaded = {m for c in chosen for m in c.offloads}
+        saved = ((timeline.kept | (self._kept & inner)) - offloaded) | (inner & set(step.outputs))
+        away, behind = self._bytes(offloaded), self._bytes(offloaded & later)
+        # Where copies overlap, what the stage before needs is on its way already while this one runs its backward.
+        carry = (
+            behind + self._bytes(later - saved - offloaded),
+            behind + away if self._device.overlaps else behind,
+        )
+        return Option(
+            choice,
+            self._bytes(saved),
+            max(p.total for p in timeline.points if not p.backward) - base,
+            max((p.total for p in timeline.points if p.backward), default=base) - base,
+            seconds(chosen, self._device, self._dtype, step.training, away),
+            carry,
+            away,
+        )
+
+    def _bytes(self, memories: Iterable[str]) -> int:
+        return sum(self._step.sizes[m] for m in memories)
+
+    def _read_outside(self, calls: list[Call]) -> set[str]:
+        names = {c.name for c in calls}
+        return {m for c in self._step.calls if c.name not in names for m in c.reads} | set(self._step.outputs)
 
 
 def _undominated(options: list[Option]) -> list[Option]:

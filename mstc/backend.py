@@ -23,7 +23,7 @@ from mstc.passes.base import Context
 from mstc.passes.loops import has_loops
 from mstc.pipeline import hold_to_word, run
 from mstc.report import Refusal, Report, record
-from mstc.verify import verifying
+from mstc.verify import Copying, verifying
 
 __all__ = ["flops", "loop", "mstc"]
 
@@ -85,18 +85,19 @@ def _rewritten(
     observer: Observer,
 ) -> Callable[..., Any]:
     """The graph after all passes, compiled, with the checks that the passes and the options ask for."""
-    stages: list[tuple[str, fx.GraphModule]] | None = [] if options.verify else None
+    copying = Copying() if options.verify else None
+    watchers = [w for w in (copying, observer.watch(form.training)) if w is not None]
     ctx = Context(options, form.training, compile_body=body_compiler(options.lower))
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, inputs))
     ctx.facts["marked"] = dict(marked_inputs(form.gm, inputs))
     with autocast.off_at_run_time(), _kernels_of(options, inputs):
-        run(form.gm, ctx, report, stages, observer.watch(form.training))
+        run(form.gm, ctx, report, watchers)
         observer.rewritten(form.gm)
         settings = mode_settings(mode, report if has_loops(form.gm) else None)
         compiled = lower(form.gm, inputs, options.lower, settings)
-    if stages:
+    if copying is not None:
         dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
-        compiled = verifying(compiled, stages, dropped)
+        compiled = verifying(compiled, copying.copies, dropped)
     compiled = autocast.running_without(compiled)
     outputs = list(form.gm.graph.output_node().args[0])  # type: ignore[arg-type]
     marks = {i: ctx.facts["output_marks"][n] for i, n in enumerate(outputs) if n in ctx.facts.get("output_marks", {})}

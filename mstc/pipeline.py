@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,6 @@ import torch.fx as fx
 
 from mstc.errors import StrictError
 from mstc.graph.checker import check
-from mstc.graph.copies import copy_of
 from mstc.graph.describe import describe
 from mstc.graph.editor import Editor
 from mstc.options import Options
@@ -38,30 +38,19 @@ class Ran:
     refusals: tuple[Refusal, ...]
 
 
-def run(
-    gm: fx.GraphModule,
-    ctx: Context,
-    report: Report,
-    stages: list[tuple[str, fx.GraphModule]] | None = None,
-    watcher: Watcher | None = None,
-) -> None:
+def run(gm: fx.GraphModule, ctx: Context, report: Report, watchers: Sequence[Watcher] = ()) -> None:
     """Apply every enabled pass to the graph, in place.
 
-    stages: where given, it gets ("", copy of the graph before) and (name, copy) after each pass that changed it.
     Raises `StrictError` where ``strict`` is set and a pass that was asked for changed nothing.
     """
     editor = Editor(gm)
-    if stages is not None:
-        stages.append(("", copy_of(gm)[0]))
-    if watcher is not None:
+    for watcher in watchers:
         watcher.start(gm)
     for step in PASSES:
         if not step.runs(ctx.options):
             continue
         done = _run_one(step, editor, ctx, report)
-        if done.changed and stages is not None:
-            stages.append((step.name, copy_of(gm)[0]))
-        if watcher is not None:
+        for watcher in watchers:
             watcher.ran(step, gm, done)
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)

@@ -13,15 +13,34 @@ import torch
 import torch.fx as fx
 
 from mstc.errors import VerificationError
+from mstc.graph.copies import copy_of
+from mstc.passes.base import Pass
+from mstc.pipeline import Ran
 
 # Largest relative error that rounding explains, by the coarsest precision in the graph.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def verifying(
-    compiled: Callable[..., Any], stages: Sequence[tuple[str, fx.GraphModule]], dropped: Sequence[int]
-) -> Callable[..., Any]:
-    """``compiled``, which first holds ``stages`` (pass name, graph after it) against each other.
+# Names of passes with the graphs after them; "" with the graph before the first.
+Copies = Sequence[tuple[str, fx.GraphModule]]
+
+
+class Copying:
+    """Copies the graph before the passes and after each one that changed it; a watcher of `mstc.pipeline.run`."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[str, fx.GraphModule]] = []
+
+    def start(self, gm: fx.GraphModule) -> None:
+        self.copies.append(("", copy_of(gm)[0]))
+
+    def ran(self, step: Pass, gm: fx.GraphModule, done: Ran) -> None:
+        if done.changed:
+            self.copies.append((step.name, copy_of(gm)[0]))
+
+
+def verifying(compiled: Callable[..., Any], copies: Copies, dropped: Sequence[int]) -> Callable[..., Any]:
+    """``compiled``, which first holds the copies against each other.
 
     dropped: positions of outputs that were dropped as unused, which are not compared.
     Raises `VerificationError` at the first call.
@@ -31,18 +50,18 @@ def verifying(
     def run(*inputs: Any) -> Any:
         if pending:
             pending.clear()
-            verify(stages, inputs, frozenset(dropped))
+            verify(copies, inputs, frozenset(dropped))
         return compiled(*inputs)
 
     return run
 
 
-def verify(stages: Sequence[tuple[str, fx.GraphModule]], inputs: Sequence[Any], dropped: frozenset[int]) -> None:
+def verify(copies: Copies, inputs: Sequence[Any], dropped: frozenset[int]) -> None:
     """Compare the graphs one after another. Raises `VerificationError` naming the first pass that differs."""
     state = torch.random.get_rng_state()
-    before = _evaluate(stages[0][1], inputs)
-    bound = _bound(stages[0][1])
-    for name, gm in stages[1:]:
+    before = _evaluate(copies[0][1], inputs)
+    bound = _bound(copies[0][1])
+    for name, gm in copies[1:]:
         after = _evaluate(gm, inputs)
         for what, (index, a, b) in _pairs(before, after):
             if what == "output" and index in dropped:

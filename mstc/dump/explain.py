@@ -79,7 +79,7 @@ def _explain_graph(captured: compat.Captured, options: Options, report: Report) 
     recording = Recording(form.training)
     ctx = Context(options, form.training, compile_body=_not_compiled, explained=True)
     with autocast.off_at_run_time():
-        run(form.gm, ctx, report, watcher=recording)
+        run(form.gm, ctx, report, [recording])
     return recording.finish(form.gm, report)
 
 

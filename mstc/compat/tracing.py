@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +33,16 @@ _BLOCKS = 1 << 20
 _block_ids = itertools.count(_BLOCKS, _BLOCKS)
 
 
+@dataclass(frozen=True)
 class Traced:
-    """Result of `trace_functional`: the graph, and which inputs it changes in place."""
+    """Result of `trace_functional`.
 
-    def __init__(self, gm: fx.GraphModule, mutated: list[int], retyped: list[int]) -> None:
-        self.gm = gm
-        self.mutated = mutated
-        self.retyped = retyped
+    mutated: positions of the inputs whose values it changes in place; retyped: of those whose shape or strides it does.
+    """
+
+    gm: fx.GraphModule
+    mutated: list[int]
+    retyped: list[int]
 
 
 def trace_functional(
@@ -55,31 +59,8 @@ def trace_functional(
     or the graph switches it on, is written out as casts. ``function`` is called in place of
     `autograd_function_apply`.
     """
-    functional = autocast.CastingMode(whole)
     switches = autocast.Switches()
-    mutated: list[int] = []
-    retyped: list[int] = []
-
-    def unwrap(value: Any) -> Any:
-        if not isinstance(value, FunctionalTensor):
-            return value
-        torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
-        return torch._from_functional_tensor(value.elem)
-
-    def run(*args: Any) -> Any:
-        with functional:
-            wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            out = _SourceKeepingInterpreter(gm, switches, function).run(*wrapped)
-            for i, value in enumerate(wrapped):
-                if not isinstance(value, FunctionalTensor):
-                    continue
-                if torch._functionalize_has_metadata_mutation(value.elem):
-                    retyped.append(i)
-                elif torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
-                    mutated.append(i)
-            written = [unwrap(wrapped[i]) for i in mutated]
-            return [*pytree.tree_map(unwrap, pytree.tree_leaves(out)), *written]
-
+    run = _FunctionalRun(autocast.CastingMode(whole), _SourceKeepingInterpreter(gm, switches, function))
     with (
         contextlib.closing(switches),
         mode,
@@ -89,9 +70,45 @@ def trace_functional(
     ):
         # It says that `mstc::function` stays whole, as it must.
         warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        # `make_fx` takes plain functions only.
+        traced = make_fx(lambda *args: run(*args), pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *fakes
+        )
     autocast.drop_switches(traced.graph)
-    return Traced(traced, mutated, retyped)
+    return Traced(traced, run.mutated, run.retyped)
+
+
+class _FunctionalRun:
+    """A graph on functional tensors: its outputs, then the new values of the inputs that it changes."""
+
+    def __init__(self, functional: autocast.CastingMode, graph: fx.Interpreter) -> None:
+        self._functional, self._graph = functional, graph
+        self.mutated: list[int] = []
+        self.retyped: list[int] = []
+
+    def __call__(self, *args: Any) -> list[Any]:
+        with self._functional:
+            wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
+            out = self._graph.run(*wrapped)
+            self._note_changes(wrapped)
+            written = [_unwrapped(wrapped[i]) for i in self.mutated]
+            return [*pytree.tree_map(_unwrapped, pytree.tree_leaves(out)), *written]
+
+    def _note_changes(self, inputs: Sequence[Any]) -> None:
+        for i, value in enumerate(inputs):
+            if not isinstance(value, FunctionalTensor):
+                continue
+            if torch._functionalize_has_metadata_mutation(value.elem):
+                self.retyped.append(i)
+            elif torch._functionalize_has_data_mutation(value.elem):  # type: ignore[attr-defined]
+                self.mutated.append(i)
+
+
+def _unwrapped(value: Any) -> Any:
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
+    return torch._from_functional_tensor(value.elem)
 
 
 class _SourceKeepingInterpreter(fx.Interpreter):

@@ -259,28 +259,30 @@ def backward_body(
     kept_nodes = {} if with_values else _read_kept(joint, out, keepable, saved)
     gm.graph.output_node().args = (out,)
     gm.graph.eliminate_dead_code()
-
-    def used(p: fx.Node) -> bool:
-        return bool(p.users) or p in out
-
-    tokens = tuple(i for i, p in enumerate(joint.tokens) if used(p))
-    shared = tuple(j for j, p in enumerate(joint.shared) if used(p))
-    grads = tuple(i for i, p in joint.cotangents.items() if used(p))
-    # Kept outputs stand between the shared inputs and the gradients.
+    tokens, shared, grads = _drop_unused_inputs(joint)
+    kept = tuple(sorted(kept_nodes))
+    # They stand between the shared inputs and the gradients.
     if grads:
-        for i in sorted(kept_nodes):
+        for i in kept:
             joint.cotangents[grads[0]].prepend(kept_nodes[i])
-    for p in (*joint.tokens, *joint.shared, *joint.cotangents.values()):
-        if not used(p):
-            gm.graph.erase_node(p)
     use_table_gradient(gm.graph)
     gm.graph.lint()
     gm.recompile()
-    kept = tuple(sorted(kept_nodes))
     call = Backward(
         tokens, shared, kept, grads, token_grads, shared_grads, factors, values, token_sources, shared_sources
     )
     return BackwardBody(gm, call)
+
+
+def _drop_unused_inputs(joint: Joint) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The positions of the tokens, shared inputs and gradients of results that are read; the others go."""
+    inputs = (joint.tokens, joint.shared, tuple(joint.cotangents.values()))
+    used = {p for p in itertools.chain(*inputs) if p.users}
+    for p in itertools.chain(*inputs):
+        if p not in used:
+            joint.gm.graph.erase_node(p)
+    tokens, shared = (tuple(i for i, p in enumerate(ps) if p in used) for ps in inputs[:2])
+    return tokens, shared, tuple(i for i, p in joint.cotangents.items() if p in used)
 
 
 def _sources(joint: Joint) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:

@@ -10,6 +10,7 @@ import torch
 from mstc.cli.plan.draft import Planned, plan_for
 from mstc.cli.plan.models import Target
 from mstc.cli.plan.optimizers import OPTIMIZERS
+from mstc.cli.plan.setting import Setting
 from mstc.plan.devices import device
 from mstc.plan.expressions import B, C, S, costs_of
 from mstc.plan.lengths import at_length
@@ -29,7 +30,7 @@ _SIZES = {
 def _planned(tokens: int) -> Planned:
     config = config_of("llama", **_SIZES, num_key_value_heads=2, max_position_embeddings=1 << 20)
     target = Target("tiny", config)
-    return plan_for(target, 1, torch.bfloat16, OPTIMIZERS["adamw-bf16"], device("a100-80g"), tokens)
+    return plan_for(target, Setting(device("a100-80g"), 1, torch.bfloat16, OPTIMIZERS["adamw-bf16"]), tokens)
 
 
 def test_another_length_is_evaluated_as_if_captured_there() -> None:

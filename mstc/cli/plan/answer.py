@@ -6,17 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from mstc.cli.plan.draft import Planned, plan_for
 from mstc.cli.plan.models import Target
-from mstc.cli.plan.optimizers import Optimizer
 from mstc.cli.plan.peers import SYSTEMS, Peer
+from mstc.cli.plan.setting import Setting
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
 from mstc.plan.solve import Solution, chosen_calls
 from mstc.plan.stages import Levers, Stage
-from mstc.plan.words import in_words
+from mstc.plan.words import bytes_text, in_words
 
 AWAY = "mstc, offloading"
 OFFLOADING = Levers(offload=True)
@@ -78,51 +76,55 @@ def steps_of(target: Target) -> int:
 
 
 def answer(
-    target: Target,
-    device: Device,
-    seq: int | None,
-    batch: int,
-    dtype: torch.dtype,
-    optimizer: Optimizer,
-    tell: Callable[[str], None] = lambda doing: None,
+    target: Target, setting: Setting, seq: int | None, tell: Callable[[str], None] = lambda doing: None
 ) -> Answer:
-    """Plan the target; ``tell`` hears what comes next. Raises `PlanError` where not even the shortest sequence fits."""
+    """Plan the target; ``tell`` hears what comes next. Raises `PlanError` where not even the shortest sequence fits.
+
+    seq: tokens per sequence; None: each system's own longest.
+    """
     tell(f"capturing {target.name}")
-    planned = plan_for(target, batch, dtype, optimizer, device)
+    planned = plan_for(target, setting)
     tell("mstc's longest sequence")
-    budget = device.usable()
+    budget = setting.device.usable()
     longest = planned.longest(budget)
     if not longest:
-        need = max(planned.least(1024).peak, planned.resident + planned.gradients + planned.stepping)
-        raise PlanError(
-            f"{target.name} does not fit on {device.label}: 1024 tokens need {need / 2**30:.1f} GiB of "
-            f"{budget / 2**30:.1f} GiB; take a larger device or an optimizer that holds less"
-        )
-    tokens = seq or longest
+        raise _does_not_fit(target, planned, setting.device)
+    found = Answer(target.name, setting.device, setting.batch, seq or longest, planned)
     farthest = planned.longest(budget, OFFLOADING)
-    solution = planned.fastest(tokens, budget)
-    found = Answer(target.name, device, batch, tokens, planned)
     if target.config is not None:
         for name, about in SYSTEMS.items():
             tell(about)
-            found.rows.append(_peer(name, target, device, seq, batch, dtype, optimizer))
-    if solution is None:
-        found.rows.append(Row("mstc", longest, tokens, None, None))
-    else:
-        found.rows.append(Row("mstc", longest, tokens, solution.peak, solution.seconds))
-        stages = planned.stages(tokens)
-        found.held = _categories(planned, stages, solution)
-        found.plan = in_words(chosen_calls(stages, solution))
+            found.rows.append(_peer(name, target, setting, seq))
+    _as_planned(found, longest, budget)
     _offloading(found, farthest, seq or farthest, budget)
     tell("other budgets")
-    alike = planned.stages(tokens)
+    stages = planned.stages(found.tokens)
     found.what_if = [
-        {"peak": s.peak, "seconds": s.seconds, "plan": in_words(chosen_calls(alike, s))}
-        for s in planned.frontier(tokens)
+        {"peak": s.peak, "seconds": s.seconds, "plan": in_words(chosen_calls(stages, s))}
+        for s in planned.frontier(found.tokens)
     ]
-    kinds = "as FUNCTION makes them" if target.of_user else f"in {str(dtype).removeprefix('torch.')}, batch {batch}"
-    found.assumptions = _assumptions(device, kinds, optimizer)
+    found.assumptions = _assumptions(target, setting)
     return found
+
+
+def _does_not_fit(target: Target, planned: Planned, device: Device) -> PlanError:
+    need = max(planned.least(FEWEST).peak, planned.resident + planned.gradients + planned.stepping)
+    return PlanError(
+        f"{target.name} does not fit on {device.label}: {FEWEST} tokens need {bytes_text(need)} of "
+        f"{bytes_text(device.usable())}; take a larger device or an optimizer that holds less"
+    )
+
+
+def _as_planned(found: Answer, longest: int, budget: int) -> None:
+    """The row of mstc, and its plan where ``tokens`` fit."""
+    solution = found.planned.fastest(found.tokens, budget)
+    if solution is None:
+        found.rows.append(Row("mstc", longest, found.tokens, None, None))
+        return
+    found.rows.append(Row("mstc", longest, found.tokens, solution.peak, solution.seconds))
+    stages = found.planned.stages(found.tokens)
+    found.held = _categories(found.planned, stages, solution)
+    found.plan = in_words(chosen_calls(stages, solution))
 
 
 def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
@@ -136,22 +138,14 @@ def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
     found.host = sum(o.offloaded for o in solution.options)
 
 
-def _peer(
-    system: str, target: Target, device: Device, seq: int | None, batch: int, dtype: torch.dtype, optimizer: Optimizer
-) -> Row:
-    peer = Peer(system, target.config, dtype, optimizer, device)
-    longest = longest_of(lambda n: peer.usage(batch, n).peak, device.usable())
+def _peer(system: str, target: Target, setting: Setting, seq: int | None) -> Row:
+    peer, budget = Peer(system, target.config, setting), setting.device.usable()
+    longest = longest_of(lambda n: peer.usage(n).peak, budget)
     tokens = seq or longest
-    usage = peer.usage(batch, tokens) if tokens else None
-    fits = usage is not None and usage.peak <= device.usable()
-    assert usage is None or usage.peak > 0
-    return Row(
-        SYSTEMS[system],
-        longest,
-        tokens,
-        usage.peak if fits and usage else None,
-        usage.seconds if fits and usage else None,
-    )
+    usage = peer.usage(tokens) if tokens else None
+    if usage is None or usage.peak > budget:
+        return Row(SYSTEMS[system], longest, tokens, None, None)
+    return Row(SYSTEMS[system], longest, tokens, usage.peak, usage.seconds)
 
 
 def longest_of(peak: Callable[[int], int], budget: int) -> int:
@@ -195,10 +189,12 @@ def _categories(planned: Planned, stages: list[Stage], solution: Solution) -> di
     return {"parameters": planned.parameters, "optimizer state": planned.state, **held}
 
 
-def _assumptions(device: Device, kinds: str, optimizer: Optimizer) -> list[str]:
+def _assumptions(target: Target, setting: Setting) -> list[str]:
+    device = setting.device
+    kinds = "as FUNCTION makes them" if target.of_user else f"in {setting.precision}, batch {setting.batch}"
     return [
         f"parameters, gradients and activations {kinds}",
-        f"optimizer: {optimizer.about}",
+        f"optimizer: {setting.optimizer.about}",
         f"memory: {device.usable() / 2**30:.2f} GiB = {device.memory / 2**30:.2f} GiB less "
         f"{device.context / 2**20:.0f} MiB for the driver; no fragmentation",
         f"time: {device.reached:.0%} of peak in large products, {device.copies:.0%} of bandwidth, "

@@ -14,6 +14,7 @@ from mstc.cli.console import make_console, make_progress, make_table
 from mstc.cli.plan.answer import Answer, answer, steps_of
 from mstc.cli.plan.models import SHIPPED, target_of
 from mstc.cli.plan.optimizers import OPTIMIZERS
+from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.sweep import sweep_chunks
 from mstc.plan.devices import device as device_of
 from mstc.plan.devices import names
@@ -57,14 +58,15 @@ def plan(
     """
     if ".py:" in model and (batch != 1 or dtype != "bfloat16"):
         raise click.UsageError("--batch and --dtype are of configurations; FILE.py:FUNCTION sets both itself")
-    target, device = target_of(model), device_of(device_name)
+    target = target_of(model)
+    setting = Setting(device_of(device_name), batch, DTYPES[dtype], OPTIMIZERS[optimizer])
     with make_progress(make_console(stderr=True)) as progress:
         task = progress.add_task("", total=steps_of(target), completed=-1)
 
         def tell(doing: str) -> None:
             progress.update(task, description=doing, advance=1)
 
-        found = answer(target, device, seq, batch, DTYPES[dtype], OPTIMIZERS[optimizer], tell)
+        found = answer(target, setting, seq, tell)
     swept = sweep_chunks(found.planned, found.tokens) if sweep else []
     if plot is not None:
         _plot(found, plot)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mstc.cli.plan.models import Target, build, loss_of
-from mstc.cli.plan.optimizers import Optimizer
+from mstc.cli.plan.setting import Setting
 from mstc.cli.target import tracing
 from mstc.errors import PlanError
 from mstc.graph.normal_form import NotNormalError, normalize
@@ -83,10 +83,9 @@ class Planned:
         return low
 
 
-def plan_for(
-    target: Target, batch: int, dtype: torch.dtype, optimizer: Optimizer, device: Device, tokens: int = CAPTURED_TOKENS
-) -> Planned:
+def plan_for(target: Target, setting: Setting, tokens: int = CAPTURED_TOKENS) -> Planned:
     """Capture the target and draft its step."""
+    batch, dtype, device, optimizer = setting.batch, setting.dtype, setting.device, setting.optimizer
     if target.config is None:
         function, inputs = target.made(tokens, batch, dtype)
         with tracing(target.name):

@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from mstc.cli.bench.models import checkpoint_layers
 from mstc.cli.plan.models import build
-from mstc.cli.plan.optimizers import Optimizer
+from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.tracker import Tracker, flash
-from mstc.plan.devices import Device
 
 MLP_PIECES = 8  # the defaults of the published implementation
 HEAD_PIECES = 16
@@ -43,12 +42,12 @@ class Usage:
 class Peer:
     """One system on one configuration; `usage` runs a step of a given length."""
 
-    def __init__(self, system: str, config: Any, dtype: torch.dtype, optimizer: Optimizer, device: Device) -> None:
+    def __init__(self, system: str, config: Any, setting: Setting) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register("mstc_tracked", flash)
-        self._model = build(config, config.num_hidden_layers, dtype, "mstc_tracked")
-        self._optimizer, self._device, self._dtype = optimizer, device, str(dtype).removeprefix("torch.")
+        self._model = build(config, config.num_hidden_layers, setting.dtype, "mstc_tracked")
+        self._setting, self._optimizer = setting, setting.optimizer
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._loss: Callable[[Tensor], Any] = self._plain_loss
         if system != "plain":
@@ -59,16 +58,18 @@ class Peer:
                     module.mlp = _Pieces(module.mlp)
             self._loss = self._pieces_loss
 
-    def usage(self, batch: int, seq: int) -> Usage:
+    def usage(self, seq: int) -> Usage:
+        """A step of ``seq`` tokens per sequence."""
+        device, precision = self._setting.device, self._setting.precision
         parameters = sum(p.numel() * p.element_size() for p in self._parameters)
         state = self._optimizer.state_bytes(self._parameters)
-        tracker = Tracker(self._device, self._dtype)
+        tracker = Tracker(device, precision)
         for t in (*self._model.parameters(), *self._model.buffers()):
             tracker.know(t)
         hooks = []
         if self._optimizer.in_backward:
             hooks = [p.register_post_accumulate_grad_hook(_apply) for p in self._parameters]
-        ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
+        ids = torch.zeros(self._setting.batch, seq, dtype=torch.long, device="meta")
         with tracker:
             out = self._loss(ids)
             torch.autograd.backward(out[0])
@@ -81,7 +82,7 @@ class Peer:
         self._model.zero_grad(set_to_none=True)
         held = {"parameters": parameters, "optimizer": state, "gradients and activations": peak}
         moved = 3.0 * (parameters + state)
-        return Usage(held, tracker.seconds + self._device.seconds(0, moved, 0, 1, self._dtype))
+        return Usage(held, tracker.seconds + device.seconds(0, moved, 0, 1, precision))
 
     def _plain_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self._model.model(input_ids=ids).last_hidden_state

@@ -130,9 +130,9 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote."""
         data = json.loads(text)
-        data["regions"] = [RegionInfo(**_tuples(r)) for r in data["regions"]]
+        data["regions"] = [RegionInfo(**with_tuples(r)) for r in data["regions"]]
         data["refusals"] = [Refusal(**r) for r in data["refusals"]]
-        data["edits"] = [Edit(**_tuples(e)) for e in data["edits"]]
+        data["edits"] = [Edit(**with_tuples(e)) for e in data["edits"]]
         data["fidelity"] = Fidelity[data["fidelity"].upper()]
         return cls(**data)
 
@@ -226,5 +226,6 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+def with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's values as read from JSON, which knows lists only."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from mstc.dump.model import FORMAT, Block, Dump, Fold, GraphDump, Measured, Memory, Node, Stage
 from mstc.errors import DumpError
-from mstc.report import Edit, Fidelity, Refusal
+from mstc.report import Edit, Fidelity, Refusal, with_tuples
 
 _SHARED = ("source", "code", "module", "value", "op", "kind")  # columns whose texts repeat: written as positions
 _COLUMNS = tuple(f.name for f in fields(Node))
@@ -119,7 +119,7 @@ def _read_graph(data: Mapping[str, Any]) -> GraphDump:
     stages: list[Stage] = []
     for s in data["stages"]:
         known = stages[-1].nodes if s["order"] is None else tuple(nodes[i] for i in s["order"])
-        edits = tuple(Edit(**_tuples(e)) for e in s["edits"])
+        edits = tuple(Edit(**with_tuples(e)) for e in s["edits"])
         refusals = tuple(Refusal(**r) for r in s["refusals"])
         stages.append(Stage(s["name"], known, Fidelity[s["fidelity"].upper()], s["seconds"], edits, refusals))
     return GraphDump(
@@ -127,21 +127,17 @@ def _read_graph(data: Mapping[str, Any]) -> GraphDump:
         training=data["training"],
         fidelity=Fidelity[data["fidelity"].upper()],
         stages=tuple(stages),
-        blocks=tuple(Block(**_tuples(b)) for b in data["blocks"]),
+        blocks=tuple(Block(**with_tuples(b)) for b in data["blocks"]),
         folds=tuple(Fold(**f) for f in data["folds"]),
         refusals=tuple(Refusal(**r) for r in data["refusals"]),
         plan=tuple(data["plan"]),
         timings=data["timings"],
-        before=Memory(**_tuples(data["before"])),
-        after=Memory(**_tuples(data["after"])),
+        before=Memory(**with_tuples(data["before"])),
+        after=Memory(**with_tuples(data["after"])),
         broken=data["broken"],
     )
 
 
 def _read_node(row: Sequence[Any], texts: Sequence[str]) -> Node:
     values = {name: texts[v] if name in _SHARED else v for name, v in zip(_COLUMNS, row, strict=True)}
-    return Node(**_tuples(values))
-
-
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    return Node(**with_tuples(values))

@@ -48,17 +48,13 @@ def _parts(region: Region) -> Iterator[str]:
     within = set(region.nodes)
     loss = next((_LOSSES[n.target] for n in region.nodes if n.target in _LOSSES), None)
     roles = {h: _role(h, within) for h in region.heavy}
+    if "output projection" in roles.values():
+        yield "output projection"
+    yield from _norms(region)
     if region.sums:
-        if "output projection" in roles.values():
-            yield "output projection"
-        yield from _norms(region)
         yield "LM head"
         yield f"{loss} loss" if loss else "loss"
         return
-    for role in ("output projection",):
-        if role in roles.values():
-            yield role
-    yield from _norms(region)
     for role in ("gated MLP", "MLP", "router", "q/k/v projection", "projection"):
         if role in roles.values():
             yield role

@@ -294,4 +294,5 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _hint(n: Size) -> float:
+    """A length to compare by: a dynamic one counts as longer than any number that is likely."""
     return float(n) if isinstance(n, int) else 1e6

@@ -145,6 +145,8 @@ def bytes_of(value: Any) -> int:
 
 
 class _Reader:
+    """Reads nodes as calls, and notes the bytes of every memory that they name."""
+
     def __init__(self, training: bool) -> None:
         self._training = training
         self.sizes: dict[str, int] = {}
@@ -194,22 +196,18 @@ class _Reader:
         loss = node.target is LOSS_LOOP
         grads = self._grads([*tokens, *shared])
         keeps: list[str] = []
+        needs: tuple[str, ...] = ()
         if loss:
-            keeps = list(makes[len(p.sums) + len(p.outputs) :])
+            keeps, needs = list(makes[len(p.sums) + len(p.outputs) :]), makes[:1]
         elif p.backward is not None:
             kept = [self.memory(tokens[i]) for i in p.backward.tokens]
             kept += [self.memory(shared[j]) for j in p.backward.shared]
             keeps = [*dict.fromkeys(kept), *(makes[i] for i in p.backward.kept)]
-        needs = makes[:1] if loss else self._needed(node, makes, p)
+            needs = tuple(makes[i] for i in p.backward.grads)
         again = node.meta.get("recompute") is not None
         kind = "loss" if loss else "loop"
         call = Call(node.name, p.label, kind, reads, makes, tuple(keeps), grads, needs, again=again, program=p)
         return call.in_chunks(p.count)
-
-    def _needed(self, node: fx.Node, makes: tuple[str, ...], p: Program) -> tuple[str, ...]:
-        if p.backward is None:
-            return ()
-        return tuple(makes[i] for i in p.backward.grads if i < len(makes))
 
     def _attention(self, node: fx.Node, reads: tuple[str, ...]) -> Call:
         """Kernels that keep q, k, v, the output and one float per query and head (the log-sum-exp)."""

@@ -96,8 +96,7 @@ def _rewritten(
         settings = mode_settings(mode, report if has_loops(form.gm) else None)
         compiled = lower(form.gm, inputs, options.lower, settings)
     if copying is not None:
-        dropped = [int(e.what.split()[1]) for e in report.edits if e.pass_name == "unused_outputs"]
-        compiled = verifying(compiled, copying.copies, dropped)
+        compiled = verifying(compiled, copying.copies, list(ctx.facts.get("dropped", {}).values()))
     compiled = autocast.running_without(compiled)
     outputs = list(form.gm.graph.output_node().args[0])  # type: ignore[arg-type]
     marks = {i: ctx.facts["output_marks"][n] for i, n in enumerate(outputs) if n in ctx.facts.get("output_marks", {})}

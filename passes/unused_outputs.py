@@ -68,6 +68,7 @@ def apply(editor: Editor, site: UnusedSite, ctx: Context) -> None:
     nothing = editor.call(aten.expand.default, (nan, list(value.shape)), like=site.node)
     outputs = list(editor.gm.graph.output_node().args[0])  # type: ignore[arg-type]
     outputs[site.position] = nothing
+    ctx.facts.setdefault("dropped", {})[nothing] = site.position
     editor.set_outputs(outputs, f"output {site.position} ({site.node.name}) dropped as unused")
 
 

@@ -47,7 +47,7 @@ def _run(job: _Job) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "mstc.cli.measured_step", json.dumps(asdict(job)), str(result)]
-        environment = worker_environment("kept", folder)
+        environment = worker_environment("kept")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]

@@ -63,8 +63,8 @@ def _listen(lines: IO[str], on_step: Callable[[Event], None]) -> Result | None:
     return None
 
 
-def worker_environment(caches: Caches, folder: str) -> dict[str, str]:
-    """The environment of a measured process."""
+def worker_environment(caches: Caches, folder: str = "") -> dict[str, str]:
+    """The environment of a measured process; ``folder`` holds its caches unless those of earlier runs are "kept"."""
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": _MMAP_THRESHOLD,

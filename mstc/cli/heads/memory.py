@@ -8,7 +8,6 @@ Beside the peak stands what must be held: the gradients that are asked for, and 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import click
 import torch
 
 from mstc.cli.arguments import file_option, names_option
+from mstc.cli.bench.driver import worker_environment
 from mstc.cli.bench.meter import MB, meter_for
 from mstc.cli.console import make_console, make_progress, make_table, number
 from mstc.cli.environment import describe_machine, describe_versions
@@ -27,7 +27,6 @@ from mstc.cli.heads.systems import SYSTEMS
 
 __all__ = ["Job", "Measured", "measure", "memory"]
 
-_MMAP_THRESHOLD = "1048576"  # bytes; larger blocks go back to the system when they are freed
 HELD_TOKENS = 512
 
 
@@ -96,8 +95,7 @@ def measure(job: Job) -> Measured:
 def _measure_apart(job: Job) -> Measured | str:
     """The same in a fresh process; its last line of error where it fails."""
     command = [sys.executable, "-m", "mstc.cli.heads.memory", "--worker", json.dumps(asdict(job))]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": _MMAP_THRESHOLD}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=worker_environment("kept"), check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RECORD "):
             record = json.loads(line[7:])

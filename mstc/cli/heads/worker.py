@@ -76,7 +76,7 @@ def mstc_treatment() -> str:
     edits = [e.what for r in mstc.reports() for e in r.edits if e.pass_name in ("lm_head", "mini_sequence")]
     if any(e.endswith("gradients in the forward") for e in edits):
         return "in chunks"
-    if any("chunks" in e for e in edits):
+    if edits:
         return "in chunks, recomputed"
     return "whole: " + "; ".join(dict.fromkeys(r.reason for report in mstc.reports() for r in report.refusals))
 

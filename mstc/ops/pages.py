@@ -34,13 +34,12 @@ _advise = _madvise()
 
 def on_huge_pages(x: torch.Tensor) -> torch.Tensor:
     """``x``, which nothing has been written to; its values and its memory stay where they are."""
-    if _advise is None or type(x) is not torch.Tensor or x.device.type != "cpu":
+    if _advise is None or type(x) is not torch.Tensor or x.nbytes < SMALLEST or x.device.type != "cpu":
         return x
     storage = x.untyped_storage()
-    if storage.nbytes() >= SMALLEST:
-        first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        # A system without huge pages refuses, which leaves the pages as they are.
-        _advise(first, storage.data_ptr() + storage.nbytes() - first, _HUGE_PAGES)  # type: ignore[arg-type]
+    first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    # A system without huge pages refuses, which leaves the pages as they are.
+    _advise(first, storage.data_ptr() + storage.nbytes() - first, _HUGE_PAGES)  # type: ignore[arg-type]
     return x
 
 

@@ -127,11 +127,12 @@ class Fakes:
         return [*self.tokens, *self.shared, *self.lengths]
 
     def inputs_of(self, call: Backward) -> list[Any]:
-        """What the backward body takes."""
+        """What the backward body takes, each a tensor of its own: one that comes twice is one input to AOTAutograd."""
         return [
             *(self.tokens[i] for i in call.tokens),
             *(self.shared[j] for j in call.shared),
-            *(self.results[i] for i in (*call.kept, *call.grads)),
+            *(self.results[i] for i in call.kept),
+            *(torch.empty_like(self.results[i]) for i in call.grads),
             *self.lengths,
         ]
 

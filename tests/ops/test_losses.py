@@ -128,6 +128,28 @@ def test_shift_of_a_head_whose_input_others_read() -> None:
     assert not any(len(shape) > 1 and shape[-1] == CLASSES for shape in made), made
 
 
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+def test_a_kept_output_and_its_gradient_are_two_inputs(lower: str) -> None:
+    """A gate reads the residual stream in the loop that makes it, which is kept: its weight's gradient needs it."""
+    model, gate = Tiny(classes=CLASSES), torch.nn.Linear(8, 1, dtype=torch.float64)
+    queries = torch.nn.Linear(8, 8, dtype=torch.float64)
+
+    def block(x: Tensor) -> Tensor:
+        q = queries(model.norms[0](x))[:, None]
+        x = x + F.scaled_dot_product_attention(q, q, q, is_causal=True)[:, 0]
+        return x + model.downs[0](F.gelu(model.ups[0](model.norms[1](x))))
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        h = block(x)
+        return (gate(h) * block(h)).square().mean()
+
+    modules = {"queries": queries, "gate": gate, "norms": model.norms, "up": model.ups[0], "down": model.downs[0]}
+    leaves = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    result = compare(step, leaves, inputs(), chunked(7, 23, lower))
+    result.check()
+    assert result.loops > 2, result.describe()
+
+
 def is_made(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
 

@@ -70,6 +70,19 @@ def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:
     started = time.perf_counter()
     edits, refusals = len(editor.edits), len(report.refusals)
     editor.pass_name = step.name
+    changed = False
+    while _apply_all(step, editor, ctx, report):
+        changed = True
+        if not step.repeats:
+            break
+        del report.refusals[refusals:]  # those of the last round stand
+    seconds = time.perf_counter() - started
+    report.timings[step.name] = seconds
+    return Ran(changed, seconds, tuple(editor.edits[edits:]), tuple(report.refusals[refusals:]))
+
+
+def _apply_all(step: Pass, editor: Editor, ctx: Context, report: Report) -> bool:
+    """Rewrite every site that the pass finds in the graph as it is; whether there was one."""
     sites = []
     for found in step.find(editor.gm, ctx):
         if isinstance(found, Refusal):
@@ -83,9 +96,7 @@ def _run_one(step: Pass, editor: Editor, ctx: Context, report: Report) -> Ran:
         ctx.edited()
         check(editor.gm)
         report.fidelity = Fidelity(max(report.fidelity, step.fidelity))
-    seconds = time.perf_counter() - started
-    report.timings[step.name] = seconds
-    return Ran(bool(sites), seconds, tuple(editor.edits[edits:]), tuple(report.refusals[refusals:]))
+    return bool(sites)
 
 
 def hold_to_word(options: Options, report: Report) -> None:

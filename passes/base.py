@@ -90,8 +90,8 @@ class Pass:
 
     name: in reports; option: the key of `options` that switches it ("" for always on);
     fidelity: how close it keeps the numbers; find: pure, yields sites and refusals;
-    apply: rewrites one site through the editor. The driver owns looping, ordering,
-    checking, timing and logging.
+    apply: rewrites one site through the editor; repeats: what it rewrote may make new sites.
+    The driver owns looping, ordering, checking, timing and logging.
     """
 
     name: str
@@ -99,6 +99,7 @@ class Pass:
     fidelity: Fidelity
     find: Callable[[fx.GraphModule, Context], Iterable[Any]]
     apply: Callable[[Editor, Any, Context], None]
+    repeats: bool = False
 
     def runs(self, options: Options) -> bool:
         """Whether these options leave the pass switched on."""

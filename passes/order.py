@@ -13,7 +13,7 @@ from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.offload import OFFLOAD
 from mstc.passes.query_chunks import QUERY_CHUNKS
 from mstc.passes.recompute import RECOMPUTE
-from mstc.passes.shift import SHIFT
+from mstc.passes.select import SELECT
 from mstc.passes.token_losses import TOKEN_LOSSES
 from mstc.passes.triangles import TRIANGLES
 from mstc.passes.unused_outputs import UNUSED_OUTPUTS
@@ -25,7 +25,7 @@ PASSES: tuple[Pass, ...] = (
     MASK_OUTPUTS,
     WRITTEN_ATTENTION,
     TRIANGLES,  # after those, which read triangles as such; before query_chunks, which cuts masks with the queries
-    SHIFT,  # before token_losses: head and loss become one region
+    SELECT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
     DRAWS,  # before the loops, which take no random op
     QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads

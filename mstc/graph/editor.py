@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from mstc.report import Edit
 
 # Under "custom" in a node's metadata, which AOTAutograd hands on: positions of its results that are to be offloaded.
 OFFLOADED = "mstc_offloaded"
+# What tracing noted of lengths that an op makes of its data; it would name them so again.
+_NEW_LENGTHS = "unbacked_bindings"
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "recompute", "ac_graph_id")
 
 
@@ -43,14 +45,27 @@ def add_call(
     kwargs: Mapping[str, Any],
     before: fx.Node,
     mode: compat.FakeTensorMode,
+    shape: Sequence[Any] | None = None,
 ) -> fx.Node:
-    """Add a call just before a node; its ``val`` is computed on fake tensors."""
+    """Add a call just before a node; its ``val`` is computed on fake tensors.
+
+    shape: of its value, where the op would make a new symbol for a length that data decide.
+    """
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, dict(kwargs))
-    values, named = fx.node.map_arg((args, dict(kwargs)), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
-        node.meta["val"] = target(*values, **named)
+    measure(node, mode, shape)
     return node
+
+
+def measure(node: fx.Node, mode: compat.FakeTensorMode, shape: Sequence[Any] | None = None) -> None:
+    """Compute a node's ``val`` on fake tensors; shape: see `add_call`."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        if shape is None:
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            node.meta["val"] = node.all_input_nodes[0].meta["val"].new_empty(shape)
+    node.meta.pop(_NEW_LENGTHS, None)
 
 
 class Editor:
@@ -82,18 +97,23 @@ class Editor:
         *,
         like: fx.Node,
         before: fx.Node | None = None,
+        shape: Sequence[Any] | None = None,
     ) -> fx.Node:
         """Add a call of ``target`` just before ``before`` (default: ``like``), with the provenance of ``like``.
 
         Its ``val`` is computed on fake tensors; it needs a gradient where one of its inputs does
-        and its value can.
+        and its value can. shape: of its value, where the op would make a new symbol for a length that data decide.
         """
-        node = add_call(target, args, kwargs or {}, before or like, self._mode)
+        node = add_call(target, args, kwargs or {}, before or like, self._mode, shape)
         node.meta |= {k: like.meta[k] for k in _PROVENANCE if k in like.meta}
         node.meta["needs_grad"] = any(i.meta.get("needs_grad") for i in node.all_input_nodes) and _is_float(
             node.meta["val"]
         )
         return node
+
+    def measure(self, node: fx.Node, shape: Sequence[Any] | None = None) -> None:
+        """Compute a node's ``val`` anew; shape: of it, where it is known (see `call`)."""
+        measure(node, self._mode, shape)
 
     def getitem(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:
         """Add ``node[index]`` right behind ``node``."""

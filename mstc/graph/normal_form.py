@@ -29,6 +29,7 @@ from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
 from mstc.graph.provenance import source_of
 from mstc.graph.rules import rule_of
+from mstc.graph.twice import compute_once
 
 aten = torch.ops.aten
 
@@ -84,6 +85,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _spell_copies(traced.gm)
     _spell_strided_writes(traced.gm)
     _fold_grad_mode(graph, fakes, grad_mode)
+    compute_once(traced.gm)
     size_by_inputs(traced.gm)
     numbers_as_tensors(traced.gm)
     graph.eliminate_dead_code()

@@ -182,12 +182,23 @@ def _copy(
     args = fx.node.map_arg(node.args, lookup)
     kwargs = fx.node.map_arg(node.kwargs, lookup)
     target: Any = node.target
-    if node in region.proofs and (target in _TAKES_SIZES or target in _BECOMES_VIEW):
+    if node in region.proofs and takes_shape(target):
         whole = shape_of(node.meta["val"])
         shape = [number(s) for s in cut_of(region.proofs[node].place).shape(whole, LENGTH)]
-        if target in _BECOMES_VIEW:
-            target, args, kwargs = aten.reshape.default, (args[0], shape), {}
-        else:
-            at = _TAKES_SIZES[target]
-            args = (*args[:at], shape, *args[at + 1 :])
+        target, args, kwargs = with_shape(target, args, kwargs, shape)
     return graph.call_function(target, args, kwargs)
+
+
+def takes_shape(target: object) -> bool:
+    """Whether a call of the op tells the shape of its result, or how dimensions of it are merged or dropped."""
+    return target in _TAKES_SIZES or target in _BECOMES_VIEW
+
+
+def with_shape(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shape: list[Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The same call for a result of another shape, for an op that `takes_shape`."""
+    if target in _BECOMES_VIEW:
+        return aten.reshape.default, (args[0], shape), {}
+    at = _TAKES_SIZES[target]
+    return target, (*args[:at], shape, *args[at + 1 :]), kwargs

@@ -134,8 +134,8 @@ def test_dropout_and_shifted_logits_of_any_length(lower: str) -> None:
             agrees(seeded(model), seeded(fast), model, args)
     assert graphs() == 2
     report = mstc.reports()[-1]
-    assert not [r for r in report.refusals if r.pass_name in ("shift", "draws", "mini_sequence", "lm_head")]
-    assert [e for e in report.edits if e.pass_name == "shift"]
+    assert not [r for r in report.refusals if r.pass_name in ("select", "draws", "mini_sequence", "lm_head")]
+    assert [e for e in report.edits if e.pass_name == "select"]
     assert [e for e in report.edits if e.pass_name == "draws"]
     labels = [r.label for r in report.regions if r.loop]
     assert any("loss" in label for label in labels), labels

@@ -100,7 +100,7 @@ EXAMPLES = (
     Example("written_attention", _written, _HEADS, {}, 760),
     Example("triangles", _softcapped, _HEADS, {}, 700),
     Example("query_chunks", _softcapped, _HEADS, {"query_chunks": {"chunk_tokens": 64}}, 800),
-    Example("shift", _shifted, (_meta(2, S, D), _meta(V, D), _labels(2, S)), {}, 640),
+    Example("select", _shifted, (_meta(2, S, D), _meta(V, D), _labels(2, S)), {}, 640),
     Example("token_losses", _loss, _HEAD, {}, 820),
     Example("lm_head", _loss, _HEAD, _CHUNKS, 560),
     Example("mini_sequence", _mlp, (_meta(1, S, D), *_WIDE), _CHUNKS, 700),

@@ -34,6 +34,44 @@ def own_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - picked).mean()
 
 
+def poly(logits: Tensor, labels: Tensor) -> Tensor:
+    """Poly-1: cross-entropy and a multiple of 1 - p of the label."""
+    taken = (F.one_hot(labels, CLASSES) * logits.softmax(-1)).sum(-1)
+    return (F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") + 1.5 * (1 - taken)).mean()
+
+
+def few_of_teacher(logits: Tensor, labels: Tensor) -> Tensor:
+    """Distillation on the teacher's best classes."""
+    best, at = logits.detach().flip(-1).topk(4, -1)
+    ours = logits.gather(-1, at).log_softmax(-1)
+    return F.kl_div(ours, best.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def unlikely(logits: Tensor, labels: Tensor) -> Tensor:
+    """Unlikelihood of the tokens that came before."""
+    logp = logits.log_softmax(-1)
+    before = F.one_hot(labels, CLASSES).cumsum(1).clamp(max=1).to(logp.dtype)
+    return own_cross_entropy(logits, labels) - (torch.log1p(-logp.exp().clamp(max=0.999)) * before).sum(-1).mean()
+
+
+def sparse(logits: Tensor, labels: Tensor) -> Tensor:
+    """1.5-entmax by bisection."""
+    z = logits / 2
+    low, high = z.amax(-1, keepdim=True) - 1, z.amax(-1, keepdim=True) - CLASSES**-0.5
+    for _ in range(6):
+        middle = (low + high) / 2
+        above = (z - middle).clamp(min=0).square().sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    p = (z - low).clamp(min=0).square()
+    return -((p / p.sum(-1, keepdim=True)).gather(-1, labels[..., None]) + 1e-3).log().mean()
+
+
+def moved_mass(logits: Tensor, labels: Tensor) -> Tensor:
+    """The squared distance of the distributions' sums (EMD over ordered classes)."""
+    target = F.one_hot(labels, CLASSES).to(logits.dtype) * 0.9 + 0.1 / CLASSES
+    return (logits.softmax(-1).cumsum(-1) - target.cumsum(-1)).square().sum(-1).sqrt().mean()
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": flat,
     "sum": lambda x, y: flat(x, y, reduction="sum"),
@@ -63,6 +101,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "entropy beside": lambda x, y: flat(x, y) - 0.1 * (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
     "distillation": lambda x, y: F.kl_div(x.log_softmax(-1), x.detach().flip(-1).softmax(-1), reduction="batchmean"),
     "two losses": lambda x, y: flat(x, y) + 0.3 * flat(x, y.roll(1, 1)),
+    "Poly-1": poly,
+    "top-k distillation": few_of_teacher,
+    "unlikelihood": unlikely,
+    "entmax": sparse,
+    "earth mover's distance": moved_mass,
     "squared error": lambda x, y: F.mse_loss(x, x.detach().roll(1, 1)),
     "binary": lambda x, y: F.binary_cross_entropy_with_logits(x, F.one_hot(y, CLASSES).to(x.dtype)),
     "sequence mean of token sums": lambda x, y: flat(x, y, reduction="none").view(y.shape).sum(1).mean(),
@@ -89,7 +132,11 @@ def test_forms_of_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mean", "sum", "ignore_index", "class weights", "softcap", "logit scale", "shift by padded labels"]
+    "name",
+    [
+        *("mean", "sum", "ignore_index", "class weights", "softcap", "logit scale", "shift by padded labels", "Poly-1"),
+        *("class probabilities", "top-k distillation", "unlikelihood", "entmax", "earth mover's distance"),
+    ],
 )
 def test_gradients_come_with_the_forward(name: str) -> None:
     """The forms that this head is built for run as a loss loop: no logits outlive a chunk."""

@@ -126,7 +126,8 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
     region = _resolve(editor, site.region)
     program = build(*saving(region, recipe_of(site, ctx), site.saves), ctx.compile_body)
     like = (region.heavy or region.nodes)[-1]
-    tokens, shared = [n for n, _ in region.tokens], list(region.shared)
+    tokens = _cut_off(editor, [n for n, _ in region.tokens], program.token_needs, like)
+    shared = _cut_off(editor, region.shared, program.shared_needs, like)
     lengths = [editor.length(symbol, like=like) for symbol in program.lengths]
     if site.loss:
         seeds = _seeds(editor, region)
@@ -162,6 +163,18 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
 def _blocks(region: Region) -> set[int]:
     """The user's checkpointed blocks that the region's products stand in."""
     return {n.meta["ac_graph_id"] for n in region.heavy if n.meta.get("recompute")}
+
+
+def _cut_off(editor: Editor, inputs: Sequence[fx.Node], needs: Sequence[bool], like: fx.Node) -> list[fx.Node]:
+    """The inputs; those that get no gradient of the loop detached, so that no backward is asked for what made them."""
+
+    def cut(node: fx.Node) -> fx.Node:
+        made = editor.call(torch.ops.aten.detach.default, (node,), like=like)
+        made.meta["needs_grad"] = False
+        return made
+
+    pairs = zip(inputs, needs, strict=True)
+    return [n if need or not n.meta.get("needs_grad") else cut(n) for n, need in pairs]
 
 
 def _result(editor: Editor, call: fx.Node, index: int, old: fx.Node) -> fx.Node:

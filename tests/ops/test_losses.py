@@ -197,6 +197,25 @@ def test_a_kept_output_and_its_gradient_are_two_inputs(lower: str) -> None:
     assert result.loops > 2, result.describe()
 
 
+def test_attention_that_is_read_behind_a_detach_only() -> None:
+    """A second pass gives targets; no backward is asked of its attention."""
+    model = Tiny(classes=CLASSES)
+
+    def logits(x: Tensor) -> Tensor:
+        q = model.norms[0](x)[:, None]
+        return model.head(x + F.scaled_dot_product_attention(q, q, q, is_causal=True)[:, 0])  # type: ignore[no-any-return]
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        first, second = logits(x), logits(x * 1.01)
+        return flat(first, labels) + F.mse_loss(first.softmax(-1), second.softmax(-1).detach())
+
+    x, labels = inputs()
+    leaves = {"head": model.head.weight, "norm": model.norms[0].weight, "x": x.requires_grad_()}
+    result = compare(step, leaves, (x, labels), chunked(7, 5, "aot_eager"))
+    result.check()
+    assert result.loops, result.describe()
+
+
 def is_made(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
 

@@ -24,7 +24,7 @@ from mstc.graph.places import Place
 from mstc.graph.reach import ancestors
 from mstc.graph.regions import Region
 from mstc.graph.rules.call import operands_of
-from mstc.graph.selections import Rows, Selection, row_axes, select, selection_of
+from mstc.graph.selections import Rows, Selection, reshape, row_axes, select, selection_of
 from mstc.graph.sizes import product, shape_of, size
 from mstc.ops.body import takes_shape, with_shape
 from mstc.passes.base import Context, Pass, refuse
@@ -229,8 +229,7 @@ def _copied(
 
 def _replace(editor: Editor, cut: Selection, value: fx.Node) -> None:
     """Let the value made of selected rows stand for a selection; what asks for its size asks the rows."""
-    shape = [editor.number(n, like=cut.node) for n in shape_of(cut.node.meta["val"])]
-    new = editor.call(aten.reshape.default, (value, shape), like=cut.node)
+    new = reshape(editor, value, shape_of(cut.node.meta["val"]), cut.node)
     for user in [u for u in cut.node.users if u.target is aten.sym_size.int]:
         length = editor.number(size(user.meta["val"]), like=user)
         editor.replace(user, length, "the length of a selection is read off its inputs")

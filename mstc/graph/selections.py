@@ -177,10 +177,10 @@ def select(editor: Editor, selection: Selection, x: fx.Node, rows: Rows) -> fx.N
     # Where the dimensions that are read from stand as such in x too, they are read there; else x is viewed so.
     stand = len(whole) == selection.count and all(map(same, whole, selection.before))
     if not (stand and same(product(rows.shape[:first]), rows.ahead)):
-        x = _reshape(editor, x, (rows.ahead, *selection.before, rows.stride), cut)
+        x = reshape(editor, x, (rows.ahead, *selection.before, rows.stride), cut)
         first = 1
     taken = _read(editor, selection, x, first)
-    return _reshape(editor, taken, rows.resized(product(selection.taken)), cut)
+    return reshape(editor, taken, rows.resized(product(selection.taken)), cut)
 
 
 def _read(editor: Editor, selection: Selection, x: fx.Node, first: int) -> fx.Node:
@@ -207,12 +207,13 @@ def _positions(editor: Editor, selection: Selection, x: fx.Node, first: int) -> 
             index = editor.call(aten.slice.Tensor, (index, d, 0, 1), like=cut)
     shape = shape_of(x.meta["val"])
     ahead, behind = shape[:first], shape[first + selection.count :]
-    index = _reshape(editor, index, [*[1] * len(ahead), *selection.taken, *[1] * len(behind)], cut)
+    index = reshape(editor, index, [*[1] * len(ahead), *selection.taken, *[1] * len(behind)], cut)
     repeated = [editor.number(n, like=cut) for n in (*ahead, *selection.taken, *behind)]
     return editor.call(aten.expand.default, (index, repeated), like=cut)
 
 
-def _reshape(editor: Editor, x: fx.Node, shape: Sequence[Size], like: fx.Node) -> fx.Node:
+def reshape(editor: Editor, x: fx.Node, shape: Sequence[Size], like: fx.Node) -> fx.Node:
+    """``x`` in another shape; itself where it has that."""
     held = shape_of(x.meta["val"])
     if len(held) == len(shape) and all(map(same, held, shape)):
         return x

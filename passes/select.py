@@ -24,7 +24,7 @@ from mstc.graph.places import Place
 from mstc.graph.reach import ancestors
 from mstc.graph.regions import Region
 from mstc.graph.rules.call import operands_of
-from mstc.graph.selections import Rows, Selection, reshape, row_axes, select, selection_of
+from mstc.graph.selections import Rows, Selection, reshape, row_axes, select, selections_of
 from mstc.graph.sizes import product, shape_of, size
 from mstc.ops.body import takes_shape, with_shape
 from mstc.passes.base import Context, Pass, refuse
@@ -74,10 +74,10 @@ def _groups(axes: Axes, region: Region) -> list[list[Selection]]:
     """Selections of the region's outputs that take its axis apart; those that take the same rows stand together."""
     found: dict[Any, list[Selection]] = {}
     for value, _ in region.outputs:
-        for user in value.users:
-            cut = selection_of(user, value) if user not in region.proofs else None
-            rows = row_axes(axes, cut) if cut else None
-            if cut and rows and axes.find(region.axis) in rows:
+        readers = [u for u in value.users if u not in region.proofs]
+        for cut in (c for u in readers for c in selections_of(u, value)):
+            rows = row_axes(axes, cut)
+            if rows and axes.find(region.axis) in rows:
                 found.setdefault((cut.alike(), rows), []).append(cut)
     return list(found.values())
 
@@ -85,7 +85,7 @@ def _groups(axes: Axes, region: Region) -> list[list[Selection]]:
 def _own_heads(region: Region, heads: list[Head]) -> Iterator[Head | Refusal]:
     """The part of each head that leads to selections only; what others read too becomes an input of it."""
     while heads:
-        cuts = {c.node for g, _ in heads for c in g}
+        cuts = _readers([c for g, _ in heads for c in g])
         own = {n for _, h in heads for n in h}
         while others := {n for n in own if any(u not in own and u not in cuts for u in n.users)}:
             own -= others
@@ -97,6 +97,12 @@ def _own_heads(region: Region, heads: list[Head]) -> Iterator[Head | Refusal]:
             yield from left
             return
         heads = left
+
+
+def _readers(cuts: Collection[Selection]) -> set[fx.Node]:
+    """What reads a value for these selections only; a split where each of its pieces is one."""
+    nodes = {c.node for c in cuts}
+    return {c.reader for c in cuts if c.node is c.reader or nodes.issuperset(c.reader.users)}
 
 
 def _read_whole(cut: Selection) -> Refusal:

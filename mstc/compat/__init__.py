@@ -43,7 +43,7 @@ from mstc.compat.logs import compile_name, trace_artifact, tracing_to_file
 from mstc.compat.lowering import lower_with, partitioning_by
 from mstc.compat.memory import allocating_by, references
 from mstc.compat.ops import HigherOrderOperator, OpOverload, TorchDispatchMode, get_decompositions, tree_leaves
-from mstc.compat.symbols import example_of, keeps_guards, symbolic_lengths
+from mstc.compat.symbols import example_of, keeps_guards, symbolic_lengths, unbound_lengths
 from mstc.compat.tracing import Traced, trace_flat, trace_functional
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "trace_with_constants",
     "tracing_to_file",
     "tree_leaves",
+    "unbound_lengths",
     "vmap_step",
     "without_cudagraphs",
 ]

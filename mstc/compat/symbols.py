@@ -6,6 +6,7 @@ PyTorch offers neither.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import sympy
@@ -15,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mstc.compat.fakes import FakeTensorMode
 
-__all__ = ["example_of", "keeps_guards", "symbolic_lengths"]
+__all__ = ["example_of", "keeps_guards", "symbolic_lengths", "unbound_lengths"]
 
 
 def example_of(size: torch.SymInt, symbol: sympy.Symbol) -> int | None:
@@ -49,3 +50,9 @@ def keeps_guards(symbols: Sequence[torch.SymInt], values: Sequence[int]) -> bool
     known = {s.node.expr: v for s, v in zip(symbols, values, strict=True)}
     lengths = [v for s, v in zip(symbols, values, strict=True) if s.node.expr.is_positive]
     return min(lengths) >= 2 and all(bool(guard.expr.subs(known)) for guard in env.guards)
+
+
+def unbound_lengths(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:
+    """Let ops make lengths that data decide, which no trace is to look up: the lowering traces anew."""
+    env = mode.shape_env
+    return env.ignore_fresh_unbacked_symbols() if env is not None else contextlib.nullcontext()

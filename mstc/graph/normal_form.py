@@ -25,6 +25,7 @@ from mstc.graph import functions
 from mstc.graph.detached import with_own_memory
 from mstc.graph.editor import Editor
 from mstc.graph.lengths import size_by_inputs
+from mstc.graph.masked_rows import read_rows
 from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
 from mstc.graph.provenance import source_of
@@ -85,7 +86,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _spell_copies(traced.gm)
     _spell_strided_writes(traced.gm)
     _fold_grad_mode(graph, fakes, grad_mode)
-    compute_once(traced.gm)
+    compute_once(traced.gm, read_rows(traced.gm))
     size_by_inputs(traced.gm)
     numbers_as_tensors(traced.gm)
     graph.eliminate_dead_code()

@@ -1,4 +1,6 @@
-"""Reads of some rows of a value: ``x[:, a:b]``, ``x[mask]``, ``x[i, j]``, ``x.gather(1, i)`` with equal rows.
+"""Reads of some rows of a value: ``x[:, a:b]``, ``x.chunk(2)``, ``x[mask]``, ``x[i, j]``, ``x.gather(1, i)``.
+
+Of a gather the rows must be equal along all other dimensions.
 
 A selection replaces the dimensions ``first ... first + count`` of a value by what it took of them, and leaves all
 others as they are. So of every f that treats these rows one by one, select(f(x)) = f(select(x)).
@@ -6,7 +8,8 @@ others as they are. So of every f that treats these rows one by one, select(f(x)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +25,28 @@ from mstc.graph.sizes import Size, product, quotient, same, shape_of, size
 
 aten = torch.ops.aten
 
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+
 
 @dataclass(frozen=True)
 class Selection:
     """``node`` reads rows of ``value``, which stand in ``count`` dimensions from ``first`` on.
 
-    given: the node's arguments that say which, as values that can be compared.
+    target: the op that reads them so, for a piece of a split a slice; given: its arguments that say which, as values
+    that can be compared.
     """
 
     node: fx.Node
     value: fx.Node
     first: int
     count: int
+    target: Any
     given: tuple[Any, ...]
+
+    @property
+    def reader(self) -> fx.Node:
+        """The node that reads ``value``: of a piece, the split."""
+        return self.node.all_input_nodes[0] if self.node.target is operator.getitem else self.node
 
     @property
     def before(self) -> tuple[Size, ...]:
@@ -54,19 +66,37 @@ class Selection:
 
     def alike(self) -> tuple[Any, ...]:
         """Equal for selections that take the same rows of values of the same rows."""
-        return (self.node.target, self.first, self.before, self.given)
+        return (self.target, self.first, self.before, self.given)
 
 
-def selection_of(node: fx.Node, value: fx.Node) -> Selection | None:
-    """How the node selects rows of ``value``; None where it does anything else."""
-    if node.op != "call_function" or node.args[0] is not value or node.all_input_nodes.count(value) != 1:
-        return None
+def selections_of(reader: fx.Node, value: fx.Node) -> Iterator[Selection]:
+    """How the node selects rows of ``value``: once, or piece by piece; nothing where it does anything else."""
+    if reader.op != "call_function" or reader.args[0] is not value or reader.all_input_nodes.count(value) != 1:
+        return
+    if reader.target in _SPLITS:
+        yield from _pieces(reader, value)
+    elif (found := _selection_of(reader, value)) is not None:
+        yield found
+
+
+def _selection_of(node: fx.Node, value: fx.Node) -> Selection | None:
     if node.target in (aten.slice.Tensor, aten.select.int, aten.index_select.default):
-        call = Call(node)
-        return Selection(node, value, call.dim(), 1, _hashable(node.args[2:]))
+        return Selection(node, value, Call(node).dim(), 1, node.target, _hashable(node.args[2:]))
     if node.target is aten.index.Tensor:
         return _indexed(node, value)
     return _gathered(node, value) if node.target is aten.gather.default else None
+
+
+def _pieces(split: fx.Node, value: fx.Node) -> Iterator[Selection]:
+    """The i-th piece of a split is the slice behind the pieces before it."""
+    dim = Call(split).dim()
+    lengths = [piece.shape[dim] for piece in split.meta["val"]]
+    if not all(isinstance(n, int) for n in lengths):
+        return
+    for node in split.users:
+        piece: Any = node.args[1]
+        start = sum(lengths[:piece])
+        yield Selection(node, value, dim, 1, aten.slice.Tensor, (start, start + lengths[piece]))
 
 
 def _indexed(node: fx.Node, value: fx.Node) -> Selection | None:
@@ -77,7 +107,7 @@ def _indexed(node: fx.Node, value: fx.Node) -> Selection | None:
     if not used or used != list(range(used[0], used[-1] + 1)) or (masks and len(used) > 1):
         return None
     count = masks[0].dim() if masks else len(used)
-    return Selection(node, value, used[0], count, _hashable(given)) if count else None
+    return Selection(node, value, used[0], count, node.target, _hashable(given)) if count else None
 
 
 def _gathered(node: fx.Node, value: fx.Node) -> Selection | None:
@@ -94,7 +124,7 @@ def _gathered(node: fx.Node, value: fx.Node) -> Selection | None:
         return None
     if rows != list(range(rows[0], rows[-1] + 1)):
         return None
-    return Selection(node, value, rows[0], len(rows), (dim, index))
+    return Selection(node, value, rows[0], len(rows), node.target, (dim, index))
 
 
 def _constant_along(node: fx.Node, dim: int) -> bool:
@@ -186,15 +216,15 @@ def select(editor: Editor, selection: Selection, x: fx.Node, rows: Rows) -> fx.N
 def _read(editor: Editor, selection: Selection, x: fx.Node, first: int) -> fx.Node:
     """The same read from the dimensions ``first ...`` of x."""
     cut = selection.node
-    if cut.target is aten.index.Tensor:
+    if selection.target is aten.index.Tensor:
         used = [g for g in cut.args[1] if g is not None]  # type: ignore[union-attr]
         behind = x.meta["val"].shape[first + selection.count :]
         shape = (*x.meta["val"].shape[:first], *selection.lengths, *behind)
-        return editor.call(cut.target, (x, [*[None] * first, *used]), like=cut, shape=shape)
-    if cut.target is not aten.gather.default:
-        return editor.call(cut.target, (x, first, *cut.args[2:]), like=cut)  # type: ignore[arg-type]
+        return editor.call(selection.target, (x, [*[None] * first, *used]), like=cut, shape=shape)
+    if selection.target is not aten.gather.default:
+        return editor.call(selection.target, (x, first, *selection.given), like=cut)
     dim = Call(cut).dim() - selection.first + first
-    return editor.call(cut.target, (x, dim, _positions(editor, selection, x, first)), like=cut)
+    return editor.call(selection.target, (x, dim, _positions(editor, selection, x, first)), like=cut)
 
 
 def _positions(editor: Editor, selection: Selection, x: fx.Node, first: int) -> fx.Node:

@@ -7,7 +7,7 @@ one mask has one length. Exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import sympy
@@ -21,12 +21,15 @@ from mstc.graph.sizes import shape_of, size
 aten = torch.ops.aten
 
 
-def compute_once(gm: fx.GraphModule) -> None:
-    """Let equal integers and truth values be one node, and lengths one symbol where they are equal for that reason."""
+def compute_once(gm: fx.GraphModule, renamed: Collection[sympy.Symbol] = ()) -> None:
+    """Let equal integers and truth values be one node, and lengths one symbol where they are equal for that reason.
+
+    renamed: lengths that have another name already; values of such lengths are measured anew.
+    """
     editor = Editor(gm)
     known: dict[Any, fx.Node] = {}
     rows: dict[fx.Node, Any] = {}
-    equal: set[sympy.Symbol] = set()  # lengths that have another name now
+    equal = set(renamed)  # lengths that have another name now
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue

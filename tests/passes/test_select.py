@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -34,6 +34,15 @@ def written(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
 
+def pieces(cut: Callable[[Tensor], Sequence[Tensor]]) -> Loss:
+    """A loss on each piece, weighted."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return sum((i + 1) * ce(a, b) for i, (a, b) in enumerate(zip(cut(x), cut(y), strict=True)))  # type: ignore[return-value]
+
+    return loss
+
+
 def with_metrics(logits: Tensor, labels: Tensor) -> Tensor:
     """The same slice, written three times; once of what is detached."""
     with torch.no_grad():
@@ -53,6 +62,13 @@ STATIC: dict[str, Loss] = {
     "flattened, then shifted": lambda x, y: ce(x.view(-1, CLASSES)[:-1], y.view(-1)[1:]),
     "shifted, then at positions": lambda x, y: ce(x[:, :-1].flatten(0, 1)[FEW], y[:, 1:].flatten()[FEW]),
     "two stretches": lambda x, y: ce(x[:, :9], y[:, :9]) + 2 * ce(x[:, 9:], y[:, 9:]),
+    "pieces": pieces(lambda x: x.chunk(2, 1)),
+    "pieces of given lengths": pieces(lambda x: x.split([5, 9, 9], 1)),
+    "pieces of tensor_split": pieces(lambda x: x.tensor_split(3, 1)),
+    "one piece of three": lambda x, y: ce(x.split(9, 1)[1], y.split(9, 1)[1]),
+    "halves of flattened tokens": pieces(lambda x: x.flatten(0, 1).chunk(2)),
+    "sequences one by one": pieces(lambda x: x.unbind(0)),
+    "halves of the batch": lambda x, y: ce(x[:1], y[:1]) - 0.1 * written(x, y).chunk(2)[1].mean(),
     "equal slices": with_metrics,
     "classes second": lambda x, y: F.cross_entropy(x.permute(0, 2, 1)[..., :-1], y[:, 1:]),
     "losses of tokens, sliced": lambda x, y: each(x, y)[:, 1:].mean(),
@@ -64,6 +80,12 @@ BY_MASK: dict[str, Loss] = {
     "flattened mask": lambda x, y: ce(x.view(-1, CLASSES)[MASK.view(-1)], y.view(-1)[MASK.view(-1)]),
     "shifted, then a mask": lambda x, y: ce(x[:, :-1][MASK[:, 1:]], y[:, 1:][MASK[:, 1:]]),
     "nonzero": lambda x, y: ce(x[MASK.nonzero(as_tuple=True)], y[MASK.nonzero(as_tuple=True)]),
+    "masked_select": lambda x, y: ce(x.masked_select(MASK[..., None]).view(-1, CLASSES), y[MASK]),
+    "masked_select, expanded": lambda x, y: ce(
+        x.masked_select(MASK[..., None].expand_as(x)).view(-1, CLASSES), y.masked_select(MASK)
+    ),
+    "mask of all classes": lambda x, y: ce(x[MASK[..., None].expand_as(x)].view(-1, CLASSES), y[MASK]),
+    "losses by masked_select": lambda x, y: -written(x, y).masked_select(MASK).mean(),
     "losses of tokens under a mask": lambda x, y: each(x, y)[MASK].mean(),
 }
 

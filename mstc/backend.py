@@ -46,18 +46,19 @@ def mstc(
     started = time.perf_counter()
     report = Report(graph=compat.compile_name(), options=chosen.to_dict(), versions=versions())
     observer = observe(chosen, report)
-    try:
-        form = normalize(gm, inputs)
-    except NotNormalError as e:
-        report.refusals.append(Refusal("normal_form", e.node, e.source, e.reason, e.remedy))
-        hold_to_word(chosen, report)
-        observer.left(gm)
-        form = None
-    report.timings["normal_form"] = time.perf_counter() - started
-    if form is None:
-        compiled = _plain(gm, inputs, chosen, mode)
-    else:
-        compiled = _rewritten(gm, form, inputs, chosen, mode, report, observer)
+    with building.old_objects_set_aside():
+        try:
+            form = normalize(gm, inputs)
+        except NotNormalError as e:
+            report.refusals.append(Refusal("normal_form", e.node, e.source, e.reason, e.remedy))
+            hold_to_word(chosen, report)
+            observer.left(gm)
+            form = None
+        report.timings["normal_form"] = time.perf_counter() - started
+        if form is None:
+            compiled = _plain(gm, inputs, chosen, mode)
+        else:
+            compiled = _rewritten(gm, form, inputs, chosen, mode, report, observer)
     report.timings["total"] = time.perf_counter() - started
     record(report)
     observer.publish()

@@ -1,8 +1,9 @@
-"""When Inductor builds the C++ kernels of what it compiled; it waits for them where only private names reach."""
+"""What compiling waits for: C++ kernels, for which Inductor waits where only private names reach, and garbage."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from torch._dynamo import compiled_autograd
 from torch._functorch import config as functorch_config
 from torch._inductor.async_compile import AsyncCompile
 
-__all__ = ["built_together"]
+__all__ = ["built_together", "old_objects_set_aside"]
 
 
 @contextlib.contextmanager
@@ -41,3 +42,20 @@ def built_together() -> Iterator[None]:
         AsyncCompile.wait = plain  # type: ignore[method-assign]
         for compiler, scope in waiting:
             plain(compiler, scope)
+
+
+@contextlib.contextmanager
+def old_objects_set_aside() -> Iterator[None]:
+    """Have the garbage collector walk nothing but what is made in the block.
+
+    Compiling makes so many objects that every few seconds all of the process is walked for garbage, a tenth of the
+    time in total. What was there before stays there; where somebody froze objects of their own, nothing is done.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

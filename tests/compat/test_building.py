@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,6 +18,7 @@ from torch._inductor.async_compile import AsyncCompile
 
 from mstc import compat
 from mstc.compat import building
+from mstc.graph.normal_form import normalize
 from testkit.tiny import Tiny, inputs, step
 
 
@@ -103,3 +106,49 @@ def test_only_what_inductor_lowers_is_built_together(order: list[str]) -> None:
     with mock.patch.object(building, "built_together") as together:
         _step("aot_eager", order)
     assert not together.called and order == ["compiled"]
+
+
+def test_old_objects_are_not_walked_and_come_back() -> None:
+    class Old:
+        pass
+
+    old = Old()
+    with building.old_objects_set_aside():
+        assert gc.get_freeze_count() and not any(o is old for o in gc.get_objects())
+        made = Old()
+        assert any(o is made for o in gc.get_objects())
+    assert gc.get_freeze_count() == 0 and any(o is old for o in gc.get_objects())
+
+
+def test_garbage_of_the_block_is_collected_in_it() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+
+    with building.old_objects_set_aside():
+        gone = weakref.ref(Ring())
+        gc.collect()
+        assert gone() is None
+
+
+def test_what_others_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with building.old_objects_set_aside():
+            assert gc.get_freeze_count() == count
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()
+
+
+def test_the_backend_sets_old_objects_aside_and_brings_them_back() -> None:
+    seen = []
+
+    def noting(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(gc.get_freeze_count() > 0)
+        return normalize(gm, inputs)
+
+    with mock.patch("mstc.backend.normalize", noting):
+        torch.compile(lambda x: x.exp().sum(), backend="mstc", options={"lower": "aot_eager"})(torch.randn(8))
+    assert seen == [True] and gc.get_freeze_count() == 0

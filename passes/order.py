@@ -14,6 +14,7 @@ from mstc.passes.offload import OFFLOAD
 from mstc.passes.query_chunks import QUERY_CHUNKS
 from mstc.passes.recompute import RECOMPUTE
 from mstc.passes.select import SELECT
+from mstc.passes.sink_slices import SINK_SLICES
 from mstc.passes.token_losses import TOKEN_LOSSES
 from mstc.passes.triangles import TRIANGLES
 from mstc.passes.unused_outputs import UNUSED_OUTPUTS
@@ -27,6 +28,7 @@ PASSES: tuple[Pass, ...] = (
     TRIANGLES,  # after those, which read triangles as such; before query_chunks, which cuts masks with the queries
     SELECT,  # before token_losses: head and loss become one region
     TOKEN_LOSSES,  # before lm_head, which ends in sums
+    SINK_SLICES,  # of what select left; behind losses that are sums over tokens
     DRAWS,  # before the loops, which take no random op
     QUERY_CHUNKS,  # before mini_sequence, which recomputes what only attention reads
     MEMORY_BUDGET,  # when all but loops is done; chooses for the passes below

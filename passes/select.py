@@ -58,7 +58,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[SelectSite | Refusal]:
     for region in known.regions:
         heads = [(g, head_of(region, _values(g))) for g in _groups(known.axes, region)]
         kept: list[Head] = []
-        for found in _own_heads(region, [h for h in heads if _gains(region, *h)]):
+        for found in _own_heads(region, [h for h in heads if gains(region, *h)]):
             if isinstance(found, Refusal):
                 yield found
             else:
@@ -90,7 +90,7 @@ def _own_heads(region: Region, heads: list[Head]) -> Iterator[Head | Refusal]:
         while others := {n for n in own if any(u not in own and u not in cuts for u in n.users)}:
             own -= others
         left = [(g, ancestors(_values(g), own)) for g, _ in heads if own.issuperset(_values(g))]
-        left = [h for h in left if _gains(region, *h)]
+        left = [h for h in left if gains(region, *h)]
         lost = [h for h in heads if not any(h[0] is g for g, _ in left)]
         yield from (_read_whole(group[0]) for group, head in lost if _is_wide(region, group, head))
         if not lost:
@@ -118,7 +118,7 @@ def _values(group: Iterable[Selection]) -> list[fx.Node]:
     return list(dict.fromkeys(c.value for c in group))
 
 
-def _gains(region: Region, group: list[Selection], head: Collection[fx.Node]) -> bool:
+def gains(region: Region, group: list[Selection], head: Collection[fx.Node]) -> bool:
     """Whether the head makes more than it reads; or losses, of values that are more than it reads."""
     if not any(map(is_heavy, head)):
         return False

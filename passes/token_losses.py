@@ -26,6 +26,7 @@ from mstc.report import Fidelity
 aten = torch.ops.aten
 
 MEAN, SUM = 1, 2
+MEANS = (aten.mean.default, aten.mean.dim)
 _LOSSES = (
     aten.cross_entropy_loss.default,
     aten.nll_loss.default,
@@ -61,7 +62,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
 
 def _means(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
     """Means over the axis of a region that need gradients."""
-    means = [n for n in gm.graph.nodes if n.target in (aten.mean.default, aten.mean.dim) and n.meta.get("needs_grad")]
+    means = [n for n in gm.graph.nodes if n.target in MEANS and n.meta.get("needs_grad")]
     if not means:
         return
     known = ctx.analysis(gm)
@@ -75,21 +76,22 @@ def _means(gm: fx.GraphModule, ctx: Context) -> Iterator[LossSite]:
 
 def apply(editor: Editor, site: LossSite, ctx: Context) -> None:
     node = site.node
-    if node.target in (aten.mean.default, aten.mean.dim):
-        new = _mean_as_sum(editor, node)
+    if node.target in MEANS:
+        new = mean_as_sum(editor, node)
     else:
         new = _loss_as_sum(editor, node)
     editor.replace(node, new, f"{node.target} written as a sum over tokens")
 
 
-def _mean_as_sum(editor: Editor, node: fx.Node) -> fx.Node:
+def mean_as_sum(editor: Editor, node: fx.Node, counted: fx.Node | None = None) -> fx.Node:
+    """A mean as a sum; counted: of this instead, which has zeros more than what the mean was taken of."""
     call = Call(node)
     source = call.operands[0]
     dtype = node.meta["val"].dtype
     if node.target is aten.mean.default:
-        total = editor.call(aten.sum.default, (source,), {"dtype": at_least_float32(dtype)}, like=node)
+        total = editor.call(aten.sum.default, (counted or source,), {"dtype": at_least_float32(dtype)}, like=node)
     else:
-        args = (source, call.arg("dim"), call.arg("keepdim", False))
+        args = (counted or source, call.arg("dim"), call.arg("keepdim", False))
         total = editor.call(aten.sum.dim_IntList, args, {"dtype": at_least_float32(dtype)}, like=node)
     count = quotient(product(shape_of(source.meta["val"])), product(shape_of(node.meta["val"])))
     mean = editor.call(aten.div.Tensor, (total, editor.number(count, like=node)), like=node)
@@ -170,4 +172,4 @@ def _cast(editor: Editor, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> 
 
 TOKEN_LOSSES = Pass("token_losses", "lm_head", Fidelity.ROUNDING, find, apply)
 
-__all__ = ["TOKEN_LOSSES", "LossSite"]
+__all__ = ["MEANS", "TOKEN_LOSSES", "LossSite", "mean_as_sum"]

@@ -132,11 +132,12 @@ def test_one_token_of_each_sequence() -> None:
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda x, y: ce(x[:, :-1], y[:, 1:]) + x.logsumexp(-1).square().mean(),
+        lambda x, y: ce(x[:, FEW], y[:, FEW]) + x.logsumexp(-1).square().mean(),
+        lambda x, y: ce(x, y) + x[:, -1].square().mean(),
         lambda x, y: ce(x[:, :-1], y[:, 1:]) + ce(x[:, 1:], y[:, :-1]),
         lambda x, y: ce(x[:, torch.arange(60) % LENGTH], y[:, torch.arange(60) % LENGTH]),
     ],
-    ids=["read whole too", "overlapping", "more than all"],
+    ids=["read whole too", "the last token", "overlapping", "more than all"],
 )
 def test_what_would_not_pay_stays(loss: Loss) -> None:
     result = run(loss)

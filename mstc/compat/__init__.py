@@ -29,6 +29,7 @@ from mstc.compat.fakes import (
     fake_mode_of,
     fake_mode_of_values,
     isolated_tracing,
+    symbolic_kernels,
 )
 from mstc.compat.inductor import (
     compile_by_shape,
@@ -84,6 +85,7 @@ __all__ = [
     "partitioning_by",
     "references",
     "set_activation_memory_budget",
+    "symbolic_kernels",
     "symbolic_lengths",
     "trace_artifact",
     "trace_flat",

@@ -11,10 +11,19 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["FakeTensor", "FakeTensorMode", "fake_inputs", "fake_mode_of", "fake_mode_of_values", "isolated_tracing"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "fake_inputs",
+    "fake_mode_of",
+    "fake_mode_of_values",
+    "isolated_tracing",
+    "symbolic_kernels",
+]
 
 
 def fake_mode_of(values: Sequence[object]) -> FakeTensorMode:
@@ -51,6 +60,14 @@ def fake_inputs(placeholders: Sequence[fx.Node], inputs: Sequence[Any], mode: Fa
         else:
             fakes.append(node.meta.get("example_value", value))
     return fakes
+
+
+def symbolic_kernels(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    """Let ops run by PyTorch's Python versions of them, as AOTAutograd does where lengths may be symbolic.
+
+    Some of the C++ ones ask for numbers: `constant_pad_nd` with negative padding, the derivative of padding too.
+    """
+    return enable_python_dispatcher() if mode.shape_env is not None else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mstc.compat import autocast
 from mstc.compat.dynamo import autograd_function_apply, data_of, is_checkpoint
-from mstc.compat.fakes import FakeTensorMode, fake_mode_of_values
+from mstc.compat.fakes import FakeTensorMode, fake_mode_of_values, symbolic_kernels
 from mstc.compat.ops import OpOverload
 
 __all__ = ["Traced", "trace_flat", "trace_functional"]
@@ -64,6 +64,7 @@ def trace_functional(
     with (
         contextlib.closing(switches),
         mode,
+        symbolic_kernels(mode),
         fx.traceback.preserve_node_meta(),
         _writable_dropout(),
         warnings.catch_warnings(),
@@ -165,7 +166,8 @@ def trace_flat(
     """Trace ``function`` over fake tensors below autograd; what it differentiates is recorded as plain ops."""
     # Inside the fake mode, since derivative formulas make constants of their own. Compiled autograd, where it is on,
     # would take a gradient that is asked for meanwhile for a graph of its own.
-    with fake_mode_of_values(fakes), without_compiled_autograd():
+    mode = fake_mode_of_values(fakes)
+    with mode, symbolic_kernels(mode), without_compiled_autograd():
         return make_fx(
             function,
             decomposition_table=dict(decompositions or {}),

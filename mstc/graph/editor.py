@@ -60,7 +60,7 @@ def add_call(
 def measure(node: fx.Node, mode: compat.FakeTensorMode, shape: Sequence[Any] | None = None) -> None:
     """Compute a node's ``val`` on fake tensors; shape: see `add_call`."""
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    with mode, torch.no_grad(), compat.unbound_lengths(mode):
+    with mode, compat.symbolic_kernels(mode), torch.no_grad(), compat.unbound_lengths(mode):
         if shape is None:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         else:

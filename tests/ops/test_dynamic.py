@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 import mstc
 from mstc import compat
@@ -50,6 +51,22 @@ def test_the_second_length_compiles_once_more_and_then_none_does(lower: str) -> 
     assert graphs() == 2
     dynamic = mstc.reports()[-1]
     assert {r.label for r in dynamic.regions if r.loop} == {r.label for r in mstc.reports()[0].regions if r.loop}
+
+
+@pytest.mark.parametrize("amounts", [(3, 2), (-1, -2), (-1, 2)])
+def test_padding_of_features_at_any_length(amounts: tuple[int, int]) -> None:
+    """Padding by less than nothing, which is the derivative of padding too, takes numbers for lengths in C++."""
+    torch.manual_seed(0)
+    up, down = nn.Linear(8, 16).double(), nn.Linear(8 + sum(amounts), 8).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return down(F.pad(F.gelu(up(x))[..., :8], amounts)).square().sum()
+
+    step = torch.compile(loss, backend="mstc", options=chunked(7, 5), dynamic=True)
+    for length in (23, 31):
+        x = torch.randn(2, length, 8, dtype=torch.float64)
+        got = torch.autograd.grad(step(x), [*up.parameters(), *down.parameters()])
+        torch.testing.assert_close(got, torch.autograd.grad(loss(x), [*up.parameters(), *down.parameters()]))
 
 
 def test_batch_and_length_both_vary() -> None:

@@ -1,16 +1,17 @@
 """Attention that is written out runs over chunks of queries.
 
-    o[i] = sum_j softmax_j(s[i, :])[j] v[j],    s[i, j] = f(q[i] . k[j], i, j)
+    o[i] = sum_j w[i, j] v[j],    w[i, :] = f(s[i, :], i),    s[i, j] = q[i] . k[j]
 
-A row of scores belongs to one query, so running the same nodes on a few queries at a time, with all keys and values,
-gives the same rows of o, the same gradients of q, and with
+for any f: softmax, as an op or written by hand, sigmoid, decay, gates. A row of scores belongs to one query, so running
+the same nodes on a few queries at a time, with all keys and values, gives the same rows of o, the same gradients of q,
+and with
 
     dL/dk = sum over chunks of the chunk's dL/dk,    dL/dv likewise (and a bias's table, sinks, slopes)
 
 the same of what all queries share. Scores, weights, masks and biases exist for one chunk only, in the forward and in
 the backward, which computes them again: memory grows with S, not with S * S. Whatever stands between the products
-(softcap, additive bias, sinks, masks with rows that are all hidden) is carried out as it is written. Equal up to
-rounding: products of other shapes may sum in another order, and gradients are summed chunk by chunk.
+(softcap, additive bias, sinks, normalizers, masks with rows that are all hidden) is carried out as it is written.
+Equal up to rounding: products of other shapes may sum in another order, and gradients are summed chunk by chunk.
 """
 
 from __future__ import annotations
@@ -32,15 +33,24 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
     everything = list(find_written(gm.graph))
     inside = {n for written in everything for n in written.region.nodes}
     for written in everything:
-        reason, remedy = obstacle(written, inside)
-        if reason:
-            yield refuse("query_chunks", written.softmax, reason, remedy)
-            continue
+        scores = (written.scores or written.whole or written.ends)[0]
         chunks = choose_queries(written.region, ctx.options.query_chunks.chunk_tokens)
         if chunks.count == 1:
-            yield refuse("query_chunks", written.softmax, chunks.reason, "a longer sequence, or a smaller chunk_tokens")
+            yield refuse("query_chunks", scores, chunks.reason, "a longer sequence, or a smaller chunk_tokens")
             continue
-        yield LoopSite(written.region, chunks, (False,), False, False, "attention by queries", mixer=True)
+        reason, remedy = obstacle(written, inside)
+        if reason:
+            yield refuse("query_chunks", scores, reason, remedy)
+            continue
+        yield from map(_made_whole, written.whole)
+        kept = (False,) * len(written.region.outputs)
+        yield LoopSite(written.region, chunks, kept, False, False, "attention by queries", mixer=True)
+
+
+def _made_whole(node: fx.Node) -> Refusal:
+    """What the loop reads of all queries and keys."""
+    reason = "it is made for all queries and keys: nothing proves that its rows may be made a few at a time"
+    return refuse("query_chunks", node, reason, "make it of operations that treat each query by itself")
 
 
 def obstacle(written: Written, inside: set[fx.Node]) -> tuple[str, str]:
@@ -48,6 +58,9 @@ def obstacle(written: Written, inside: set[fx.Node]) -> tuple[str, str]:
 
     inside: nodes of all attention that is written out; what those share, each has a copy of.
     """
+    if not written.scores:
+        unproven = _made_whole((written.whole or written.ends)[0])
+        return unproven.reason, unproven.remedy
     if written.draws:
         return (
             f"{written.draws[0].name} draws random numbers for the attention weights",
@@ -56,7 +69,10 @@ def obstacle(written: Written, inside: set[fx.Node]) -> tuple[str, str]:
     readers = [n for n in written.readers if n not in inside]
     if readers:
         shown = ", ".join(f"{n.name} ({source_of(n)})" if source_of(n) else n.name for n in readers[:3])
-        return f"the attention scores or weights are also read by {shown}", "do not ask for attention weights"
+        return (
+            f"the attention scores or weights are also read by {shown}",
+            "read each row for its own query only, and do not return it",
+        )
     return "", ""
 
 

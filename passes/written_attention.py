@@ -31,6 +31,7 @@ from mstc.report import Fidelity
 
 aten = torch.ops.aten
 
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CASTS = (aten._to_copy.default, aten.to.dtype)
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 
@@ -70,12 +71,15 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[FusedSite]:
 
 def _site(written: Written, reader: Reader) -> FusedSite | None:
     """The site, or None where another form is needed; `query_chunks` then says what becomes of it."""
-    if len(written.scores) != 1 or written.readers or written.draws:
+    if len(written.scores) != 1 or len(written.ends) != 1 or written.readers or written.draws:
         return None
-    scores = written.scores[0]
-    chain = _chain(written, scores)
-    query, keys, value = *_factors(scores), _factors(written.product)[1]
-    if chain is None or not _plain(written, query, keys, value) or not _reaches(written):
+    (scores,), (product,) = written.scores, written.ends
+    if any(n.target not in (aten.matmul.default, aten.bmm.default) for n in (scores, product)):
+        return None
+    softmax = _softmax(product, scores)
+    chain = _chain(written, softmax, scores) if softmax is not None else None
+    query, keys, value = *_factors(scores), _factors(product)[1]
+    if chain is None or not _plain(written, query, keys, value):
         return None
     fact = _fact(chain.masks, scores, reader)
     if fact is None:
@@ -90,9 +94,7 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _plain(written: Written, query: fx.Node, keys: fx.Node, value: fx.Node) -> bool:
     """Batched products [.., Q, D] [.., D, K] and [.., Q, K] [.., K, D], with equal batches, sizes and precision."""
-    scores, product = written.scores[0], written.product
-    if any(n.target not in (aten.matmul.default, aten.bmm.default) for n in (scores, product)):
-        return False
+    scores, product = written.scores[0], written.ends[0]
     q, k, v = (shape_of(n) for n in (query, keys, value))
     rank = len(q)
     places = (written.region.proofs[product].place, written.keys.get(scores))
@@ -102,14 +104,12 @@ def _plain(written: Written, query: fx.Node, keys: fx.Node, value: fx.Node) -> b
     return rank in (3, 4) and q[:-2] == k[:-2] == v[:-2] and q[-1] == v[-1] and len(dtypes) == 1
 
 
-def _reaches(written: Written) -> bool:
-    """Whether nothing but casts stands between the softmax and the product with the values."""
-    node = _factors(written.product)[0]
-    while node is not written.softmax:
-        if node.target not in (*_CASTS, *_COPIES):
-            return False
+def _softmax(product: fx.Node, scores: fx.Node) -> fx.Node | None:
+    """The softmax whose result, perhaps cast, is multiplied by the values."""
+    node = _factors(product)[0]
+    while node.target in (*_CASTS, *_COPIES):
         node = node.all_input_nodes[0]
-    return _precise(written.softmax, written.scores[0])
+    return node if node.target in _SOFTMAX and _precise(node, scores) else None
 
 
 def _precise(node: fx.Node, scores: fx.Node) -> bool:
@@ -118,15 +118,15 @@ def _precise(node: fx.Node, scores: fx.Node) -> bool:
     return made.is_floating_point and torch.finfo(made).eps <= torch.finfo(scores.meta["val"].dtype).eps
 
 
-def _chain(written: Written, scores: fx.Node) -> _Chain | None:
+def _chain(written: Written, softmax: fx.Node, scores: fx.Node) -> _Chain | None:
     """What is done to the scores before the softmax, or None where it is more than scale and masks."""
     chain = _Chain()
-    node: object = written.softmax.args[0]
+    node: object = softmax.args[0]
     while node is not scores:
         if not isinstance(node, fx.Node) or node not in written.region.proofs or not _precise(node, scores):
             return None
         node = _step(node, chain, written)
-    return chain if _precise(written.softmax, scores) else None
+    return chain if Call(softmax).dim() == len(shape_of(softmax)) - 1 else None
 
 
 def _step(node: fx.Node, chain: _Chain, written: Written) -> object:
@@ -211,7 +211,7 @@ def _fact(masks: list[tuple[fx.Node, bool]], scores: fx.Node, reader: Reader) ->
 def apply(editor: Editor, site: FusedSite, ctx: Context) -> None:
     """Put the fused call in the place of the product with the values."""
     assume(site.buffers, ctx)
-    product = site.written.product
+    product = site.written.ends[0]
     keys = editor.call(aten.transpose.int, (editor.resolve(site.keys), -2, -1), like=product)
     heads = len(shape_of(product)) == 3
     query, key, value = (

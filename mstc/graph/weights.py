@@ -46,6 +46,10 @@ class Weights:
         """Whether a value is a weight, plain or computed."""
         return self._is_plain(node) or node in self._made
 
+    def is_held(self, node: fx.Node) -> bool:
+        """Whether a value is made of what modules hold, and of constants, alone."""
+        return node in self._made
+
     def _is_plain(self, node: fx.Node) -> bool:
         """Whether a value is an input that is a weight or a constant, perhaps cast, viewed or transposed."""
         while node.op == "call_function" and len(node.all_input_nodes) == 1:

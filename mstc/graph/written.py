@@ -1,14 +1,17 @@
-"""Attention that is written out: softmax over scores, then a product with the values.
+"""Attention that is written out: scores of queries and keys, then products with the values.
 
-    o[i] = sum_j softmax_j(s[i, :])[j] v[j],    s[i, j] = f(q[i] . k[j], i, j)
+    o[i] = sum_j w[i, j] v[j],    w[i, :] = f(s[i, :], i),    s[i, j] = q[i] . k[j]
 
 Queries and keys come from the same tokens, so along the tokens this is a mixer. But a row of scores belongs to one
 query alone: along the queries everything from the scores to o is tokenwise, with keys and values shared.
-Nothing here looks at names or lengths. From the softmax the search goes forward to the products that contract its
-dimension, chooses the query's dimension among the others, and walks back from the product. Two places are followed
-through the axis rules: where the queries stand and where the keys stand. A value in which both stand has S x S
-elements. Those are taken into the stretch, down to where only one of the two is left: queries, keys, positions,
-per-head slopes, tables of relative positions. So masks and biases are made chunk by chunk as well, never whole.
+Nothing here looks at names, and f may be anything: a softmax, one written by hand, a sigmoid, a decay.
+
+The search starts at a product in which one place comes from one operand, the queries, and another place from another,
+the keys. Both are followed forward through the axis rules to the nodes in which only the queries are left: products
+with values and reductions over the keys. Those that lead back (a row's maximum, its normalizer) belong to the stretch,
+the others end it. From the ends the search walks back. A value in which both places stand has S x S elements. Those
+are taken into the stretch, down to where only one of the two is left: queries, keys, positions, per-head slopes,
+tables of relative positions. So masks and biases are made chunk by chunk as well, never whole.
 
 Nodes of such a stretch may have other readers (a bias that all layers share): those keep them, the stretch has its
 own copy. Finding edits nothing.
@@ -17,31 +20,28 @@ own copy. Finding edits nothing.
 from __future__ import annotations
 
 import heapq
+import math
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Tokenwise
-from mstc.graph.costs import hint, is_heavy
+from mstc.graph.costs import UNKNOWN_LENGTH
 from mstc.graph.editor import has_order
-from mstc.graph.places import Flow, Lost, Place
+from mstc.graph.pairs import DROPOUT, beside, flow_along, inputs_of, is_product, kept, kept_before, one_of, parts_of
+from mstc.graph.places import DimFlow, Flow, Lost, Place
 from mstc.graph.reach import ancestors, descendants
 from mstc.graph.regions import Region, region_of
-from mstc.graph.rules import flow_of
-from mstc.graph.rules.call import Call, operands_of
-from mstc.graph.rules.pointwise import pointwise
-from mstc.graph.sizes import same, shape_of
+from mstc.graph.rules.call import operands_of
+from mstc.graph.sizes import Size, product, same, shape_of
 from mstc.graph.weights import Weights
 
 aten = torch.ops.aten
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
-# They mix the keys, but their result has keys in the same dimension.
-_ALONG_KEYS = (*_SOFTMAX, aten.cat.default, aten.slice.Tensor, aten.pad.default, aten.constant_pad_nd.default)
-_DROPOUT = (aten.dropout.default,)
+_ATTENTION = (aten.scaled_dot_product_attention.default,)
 _ANY_AXIS = -1  # a stretch along queries lies on no axis of `mstc.graph.axes`: keys stand on the same one
 
 
@@ -49,230 +49,395 @@ _ANY_AXIS = -1  # a stretch along queries lies on no axis of `mstc.graph.axes`: 
 class Written:
     """One attention that is written out.
 
-    softmax; product: of weights and values; scores: the products of queries and keys; region: from the
-    scores to the product, along the queries; keys: where keys stand in values of the region; readers: what
-    else reads its scores or weights; draws: random ops in it.
+    scores: the products of queries and keys, none where nothing proves them; ends: products with values and reductions
+    over keys that others read; region: from the scores to the ends, along the queries; keys: where keys stand in
+    values of the region; readers: what else reads its scores or weights; draws: random ops in it; whole: values of all
+    queries and keys that it reads, since nothing proves that they may be made for a few queries.
     """
 
-    softmax: fx.Node
-    product: fx.Node
     scores: tuple[fx.Node, ...]
+    ends: tuple[fx.Node, ...]
     region: Region
     keys: Mapping[fx.Node, Place]
     readers: tuple[fx.Node, ...]
     draws: tuple[fx.Node, ...]
+    whole: tuple[fx.Node, ...] = ()
 
 
 def find_written(graph: fx.Graph) -> Iterator[Written]:
-    """All written-out attention, one record for each product with values."""
-    softmaxes = [n for target in _SOFTMAX for n in graph.find_nodes(op="call_function", target=target)]
-    if not softmaxes:
-        return
-    rank = {node: i for i, node in enumerate(graph.nodes)}
-    weights = Weights(graph)
-    seen: set[fx.Node] = set()
-    for softmax in softmaxes:
-        for found in _from_softmax(softmax, rank, weights):
-            if found.product not in seen:
-                seen.add(found.product)
-                yield found
+    """All written-out attention: one record for all ends of the same scores that can be computed at once."""
+    search: _Search | None = None
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not is_product(node) or node in taken:
+            continue
+        search = search or _Search(graph)
+        for found in search.from_product(node, taken):
+            taken |= {*found.scores, *found.ends}
+            yield found
 
 
-def is_product(node: fx.Node) -> bool:
-    """A matrix product, einsum among them."""
-    return is_heavy(node) or node.target is aten.einsum.default
-
-
-# ------------------------------------------------------------------ forward: from the softmax to the values
+# ------------------------------------------------------------------ what is found on the way
 
 
 @dataclass(frozen=True)
-class _End:
-    """A product that contracts the keys: where queries stand in its result, and its operand with the weights."""
+class _Row:
+    """A node that loses the keys: where queries stand in its result, and the keys in those operands that have them."""
 
-    product: fx.Node
     queries: Place
-    weights: int
-    keys: Place
+    keys: Mapping[int, Place]
 
 
-def _from_softmax(softmax: fx.Node, rank: Mapping[fx.Node, int], weights: Weights) -> Iterator[Written]:
-    shape = shape_of(softmax.meta["val"])
-    if len(shape) < 2:
-        return
-    over = Call(softmax).dim()
-    keys = Place(over, shape[over])
-    others = [d for d in range(len(shape)) if d != over and not same(shape[d], 1)]
-    for dim in sorted(others, key=lambda d: (-_hint(softmax, d), -d)):
-        ends, readers = _ends(softmax, Place(dim, shape[dim]), keys)
-        found = [w for end in ends if (w := _written(softmax, end, readers, rank, weights)) is not None]
-        if found:
-            yield from found
-            return
+@dataclass
+class _Onward:
+    """What scores lead to.
 
-
-def _hint(node: fx.Node, dim: int) -> int:
-    return hint(node.meta["val"].shape[dim])
-
-
-def _ends(softmax: fx.Node, queries: Place, keys: Place) -> tuple[list[_End], list[fx.Node]]:
-    """The products with values that the weights reach, and other nodes that read them."""
-    ends: list[_End] = []
-    readers: dict[fx.Node, None] = {}
-    stack, seen = [(softmax, queries, keys)], {softmax}
-    while stack:
-        node, q, k = stack.pop()
-        for user in node.users:
-            if user in seen:
-                continue
-            flow = _flow(user)
-            at = [i for i, operand in enumerate(operands_of(user)) if operand is node]
-            carried = flow.carry(at[0], q) if flow is not None and len(at) == 1 else Lost.MIXED
-            if flow is None or isinstance(carried, Lost):
-                readers[user] = None
-                continue
-            if is_product(user) and isinstance(flow.carry(at[0], k), Lost):
-                shared = all(flow.back(i, carried) is None for i in range(len(operands_of(user))) if i != at[0])
-                if shared:
-                    ends.append(_End(user, carried, at[0], k))
-                else:
-                    readers[user] = None
-                continue
-            onward = _keys_after(user, flow, at[0], k)
-            if onward is None:
-                readers[user] = None
-                continue
-            seen.add(user)
-            stack.append((user, carried, onward))
-    return ends, list(readers)
-
-
-# ------------------------------------------------------------------ backward: from the product to the sources
-
-
-def _written(
-    softmax: fx.Node, end: _End, readers: list[fx.Node], rank: Mapping[fx.Node, int], weights: Weights
-) -> Written | None:
-    members, keys = _pull(end, set(), rank)
-    scores = [n for n in members if n is not end.product and _pairs(n, members[n], keys, weights)]
-    if softmax not in members or not scores:
-        return None
-    inner = _between(scores, end.product, rank)
-    members, keys = _pull(end, inner, rank)
-    if any(n.target is operator.getitem and n.args[0] not in members for n in members):
-        return None
-    proofs = {n: members[n] for n in sorted(members, key=rank.__getitem__)}
-    within = [n for n in proofs if n in inner and n is not end.product]
-    also = {u for n in within for u in n.users if u not in proofs}
-    others = tuple(sorted({*readers, *also} - set(proofs), key=rank.__getitem__))
-    draws = tuple(n for n in proofs if has_order(n))
-    region = region_of(_ANY_AXIS, proofs, (), [end.product])
-    return Written(softmax, end.product, tuple(scores), region, keys, others, draws)
-
-
-def _pull(
-    end: _End, inner: set[fx.Node], rank: Mapping[fx.Node, int]
-) -> tuple[dict[fx.Node, Tokenwise], dict[fx.Node, Place]]:
-    """Walk back from the product, latest node first, so that all readers of a node come before it.
-
-    Taken are nodes in which queries and keys stand, and those in ``inner``, wherever a single place of the queries is
-    asked of them. Also returned: where the keys stand.
+    both: nodes in which queries and keys stand; rows: those in which queries are left; readers: all others;
+    finer: places of queries and keys in the first product that a view splits the followed ones into.
     """
-    wanted: dict[fx.Node, set[Place | None]] = {end.product: {end.queries}}
-    keys: dict[fx.Node, Place] = {}
-    members: dict[fx.Node, Tokenwise] = {}
-    waiting = [(-rank[end.product], end.product)]
-    while waiting:
-        _, node = heapq.heappop(waiting)
-        proof = _proof(node, wanted[node]) if node is end.product or node in keys or node in inner else None
-        if proof is None:
-            continue
-        members[node] = proof
-        for i, (operand, need) in enumerate(zip(_inputs(node), proof.needs, strict=True)):
-            if operand not in wanted:
-                wanted[operand] = set()
-                heapq.heappush(waiting, (-rank[operand], operand))
-            wanted[operand].add(need)
-            place = _keys_of_operand(node, i, keys.get(node), end)
-            if place is not None and need is not None:
-                keys[operand] = place
-    return members, keys
+
+    both: dict[fx.Node, tuple[Place, Place]]
+    rows: dict[fx.Node, _Row] = field(default_factory=dict)
+    readers: dict[fx.Node, None] = field(default_factory=dict)
+    finer: list[tuple[Place, Place]] = field(default_factory=list)
 
 
-def _proof(node: fx.Node, wanted: set[Place | None]) -> Tokenwise | None:
-    """That the node may run on pieces of the one place that is wanted of it.
+@dataclass(frozen=True)
+class _Until:
+    """The nodes up to one of them, in the graph's order."""
 
-    What draws stays outside, where its numbers are drawn whole; but a dropout, which weights go through, is a member.
-    """
-    place = next(iter(wanted))
-    if has_order(node) and node.target not in _DROPOUT:
-        return None
-    if node.op != "call_function" or len(wanted) != 1 or place is None:
-        return None
-    if node.target is operator.getitem:
-        return Tokenwise(place, (place,))
-    flow = _flow(node)
-    if flow is None:
-        return None
-    needs = tuple(flow.back(i, place) for i in range(len(operands_of(node))))
-    return Tokenwise(place, needs) if any(needs) or flow.repeats else None
+    rank: Mapping[fx.Node, int]
+    last: int
+
+    def __contains__(self, node: object) -> bool:
+        return self.rank[node] <= self.last  # type: ignore[index]
 
 
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    """Operands of an op; for one of several results, the node that has them."""
-    return node.all_input_nodes if node.target is operator.getitem else operands_of(node)
+class _Search:
+    """The search in one graph."""
 
+    def __init__(self, graph: fx.Graph) -> None:
+        self.rank = {node: i for i, node in enumerate(graph.nodes)}
+        self.weights = Weights(graph)
+        self._flows: dict[fx.Node, Flow | None] = {}
 
-def _flow(node: fx.Node) -> Flow | None:
-    """As the rules say; a dropout that draws goes along here, so that what it stands in is found."""
-    return pointwise(Call(node)) if node.target in _DROPOUT else flow_of(node)
+    def flow(self, node: fx.Node) -> Flow | None:
+        if node not in self._flows:
+            self._flows[node] = flow_along(node)
+        return self._flows[node]
 
+    # -------------------------------------------------------------- where to start
 
-def _keys_of_operand(node: fx.Node, i: int, keys: Place | None, end: _End) -> Place | None:
-    """Where the keys stand in operand ``i``, as far as they stand in the node."""
-    if node is end.product:
-        return end.keys if i == end.weights else None
-    if node.target is operator.getitem:
-        return keys
-    flow = _flow(node)
-    if keys is None or flow is None:
-        return None
-    back = flow.back(i, keys)
-    if back is not None or node.target not in _ALONG_KEYS or (keys.outer, keys.inner) != (1, 1):
-        return back
-    shape = shape_of(operands_of(node)[i].meta["val"])
-    whole = len(shape) == len(shape_of(node.meta["val"])) and not same(shape[keys.dim], 1)
-    return Place(keys.dim, shape[keys.dim]) if whole else None
+    def from_product(self, node: fx.Node, taken: set[fx.Node]) -> list[Written]:
+        """What a product begins: by the longest of its places that lead to ends, and that nothing else reads if any."""
+        waiting = self._pairs(node)
+        tried: set[frozenset[Place]] = set()
+        first: list[Written] = []
+        while waiting:
+            pair = waiting.pop(0)
+            if frozenset(pair) in tried:
+                continue
+            tried.add(frozenset(pair))
+            found: list[Written] = []
+            for queries, keys in (pair, pair[::-1]):
+                if self._may_score(node, queries, keys):
+                    onward = self._follow({node: (queries, keys)})
+                    found += self._written(onward, taken)
+                    waiting = sorted([*waiting, *onward.finer], key=_length, reverse=True)
+            inside = {n for written in found for n in written.region.nodes}
+            if found and all(w.scores and inside.issuperset(w.readers) for w in found):
+                return found
+            first = first or found
+        return first
 
+    def _pairs(self, node: fx.Node) -> list[tuple[Place, Place]]:
+        """Places of the result that may be those of queries and keys, the longest first, then the last."""
+        flow = self.flow(node)
+        if not isinstance(flow, DimFlow):
+            return []
+        places = [Place(d, n) for d, n in reversed(list(enumerate(flow.result))) if not same(n, 1)]
+        pairs = [(b, a) for i, a in enumerate(places) for b in places[i + 1 :]]
+        pairs = [p for p in pairs if self._may_score(node, *p) or self._may_score(node, *p[::-1])]
+        return sorted(pairs, key=_length, reverse=True)
 
-def _keys_after(node: fx.Node, flow: Flow, i: int, keys: Place) -> Place | None:
-    """Where the keys of operand ``i`` stand in the result."""
-    carried = flow.carry(i, keys)
-    if isinstance(carried, Place):
-        return carried
-    if node.target not in _ALONG_KEYS or (keys.outer, keys.inner) != (1, 1):
-        return None
-    return Place(keys.dim, shape_of(node.meta["val"])[keys.dim])
+    def _may_score(self, node: fx.Node, queries: Place, keys: Place) -> bool:
+        """Whether these are scores of queries and keys that chunks of queries may pay for.
 
+        They are no smaller than the keys, which every chunk reads whole; so a state (k^T v, whose "queries" would be
+        the features of v) is none.
+        """
+        cut = self._scoring(node, queries, keys)
+        if cut is None or not isinstance(queries.n, int):
+            return cut is not None
+        contracted = self._contracted(node, cut)
+        return not isinstance(contracted, int) or queries.n >= contracted
 
-def _pairs(node: fx.Node, proof: Tokenwise, keys: Mapping[fx.Node, Place], weights: Weights) -> bool:
-    """Whether the node is a product of queries and keys: each from an operand of its own, the keys no weight."""
-    flow = _flow(node)
-    if not is_product(node) or node not in keys or flow is None:
+    def _scoring(self, node: fx.Node, queries: Place, keys: Place) -> int | None:
+        """The operand with the queries of a product whose keys come from another; None where it is no such product.
+
+        A weight gives neither: a router's logits, a linear layer and the products of experts are no scores. But
+        queries may be learned, one set for each head or text.
+        """
+        flow = self.flow(node)
+        if not is_product(node) or flow is None:
+            return None
+        backs = [(flow.back(i, queries), flow.back(i, keys)) for i in range(len(operands_of(node)))]
+        of_queries = [i for i, (q, k) in enumerate(backs) if q is not None and k is None]
+        of_keys = [i for i, (q, k) in enumerate(backs) if q is None and k is not None]
+        operands = operands_of(node)
+        if not of_queries or any(self._is_matrix(operands[i]) for i in of_queries):
+            return None
+        if not of_keys or any(self._is_weight(operands[i]) for i in of_keys):
+            return None
+        return of_queries[0]
+
+    def _contracted(self, node: fx.Node, operand: int) -> Size:
+        flow = self.flow(node)
+        assert isinstance(flow, DimFlow)
+        sizes = enumerate(flow.shapes[operand])
+        return product(n for d, n in sizes if isinstance(flow.carry(operand, Place(d, n)), Lost))
+
+    def _is_matrix(self, node: fx.Node) -> bool:
+        return len(shape_of(node.meta["val"])) <= 2 and self.weights.is_weight(node)
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        return self._is_matrix(node) or self.weights.is_held(node)
+
+    # -------------------------------------------------------------- forward: from the scores to the ends
+
+    def _follow(self, starts: Mapping[fx.Node, tuple[Place, Place]]) -> _Onward:
+        onward = _Onward(dict(starts))
+        first = next(iter(starts))
+        stack = list(starts)
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if user not in onward.both and self._step(node, user, onward, starts[first]):
+                    stack += [user]
+        return onward
+
+    def _step(self, node: fx.Node, user: fx.Node, onward: _Onward, start: tuple[Place, Place]) -> bool:
+        """Note what ``user`` makes of the scores in ``node``; whether queries and keys both stand in it."""
+        queries, keys = onward.both[node]
+        flow = self.flow(user)
+        at = [i for i, operand in enumerate(inputs_of(user)) if operand is node]
+        q = self._carried(node, user, queries)
+        if flow is None or q is None:
+            onward.readers[user] = None
+            onward.finer += [(p, start[1]) for p in parts_of(flow, queries, start[0])]
+            return False
+        k = self._carried(node, user, keys) or kept(flow, at[0], keys)
+        if k is not None:
+            onward.both[user] = (q, k)
+            return True
+        if self._reduces(user, flow, at):
+            known = onward.rows[user].keys if user in onward.rows else {}
+            onward.rows[user] = _Row(q, {**known, **dict.fromkeys(at, keys)})
+        else:
+            onward.readers[user] = None
+            onward.finer += [(start[0], p) for p in parts_of(flow, keys, start[1])]
         return False
-    backs = [flow.back(i, keys[node]) for i in range(len(proof.needs))]
-    pairs = list(zip(operands_of(node), proof.needs, backs, strict=True))
-    with_queries = [o for o, q, _ in pairs if q is not None]
-    with_keys = [o for o, q, k in pairs if k is not None and q is None]
-    return bool(with_queries) and bool(with_keys) and not any(_is_matrix(o, weights) for o in with_keys)
+
+    def _reduces(self, node: fx.Node, flow: Flow, at: list[int]) -> bool:
+        """Whether a node that loses the keys is a product with values (no weight) or a reduction."""
+        others = [o for i, o in enumerate(inputs_of(node)) if i not in at]
+        if is_product(node) or node.target in _ATTENTION:
+            return bool(others) and not any(self._is_weight(o) for o in others)
+        if not isinstance(flow, DimFlow):
+            return False
+        results = [Place(d, n) for d, n in enumerate(flow.result) if not same(n, 1)]
+        return all(flow.back(i, p) is not None for p in results for i in at)
+
+    # -------------------------------------------------------------- backward: from the ends to the sources
+
+    def _written(self, onward: _Onward, taken: set[fx.Node]) -> Iterator[Written]:
+        """One record for each set of ends that can be computed at once."""
+        claimed = set(taken)
+        for ends in self._together(onward, taken):
+            found = self._from_ends(onward, ends, claimed)
+            if found is not None:
+                claimed |= {n for n, _ in found.region.outputs}
+                yield found
+
+    def _together(self, onward: _Onward, taken: set[fx.Node]) -> list[list[fx.Node]]:
+        """The ends, parted where one is made of another."""
+        inner = self._between(onward.both, onward.both)
+        rows = sorted(onward.rows.keys() - inner - onward.readers.keys() - taken, key=self.rank.__getitem__)
+        groups: list[list[fx.Node]] = []
+        for end in [end for row in rows for end in _results(row, onward)]:
+            if not groups or end in descendants(groups[-1], _Until(self.rank, self.rank[end])):
+                groups.append([])
+            groups[-1].append(end)
+        return groups
+
+    def _from_ends(self, onward: _Onward, ends: list[fx.Node], claimed: set[fx.Node]) -> Written | None:
+        members, keys = self._stretch(onward, ends)
+        scores = self._scores(members, keys)
+        new = {n: (members[n].place, keys[n]) for n in scores if n not in onward.both}
+        if new:  # more scores meet the first: what they lead to is told as well
+            starts = {n: (members[n].place, keys[n]) for n in scores}
+            onward = self._follow(starts)
+            members, keys = self._stretch(onward, ends)
+            scores = self._scores(members, keys)
+        if not members.keys() >= set(ends):
+            return None
+        if any(n.target is operator.getitem and n.args[0] not in members for n in members):
+            return None
+        proofs = {n: members[n] for n in sorted(members, key=self.rank.__getitem__)}
+        first = scores or list(onward.both)
+        until = _Until(self.rank, max(self.rank[n] for n in proofs))
+        later = descendants(first, until)
+        within = [n for n in proofs if n in later]
+        readers = {u for n in within if n in keys for u in n.users if u not in proofs}
+        outputs = [n for n in within if n in ends or (n not in keys and n not in claimed and _leaves(n, proofs))]
+        readers |= self._returning(outputs, proofs, until) | onward.readers.keys()
+        region = region_of(_ANY_AXIS, proofs, (), outputs)
+        whole = dict.fromkeys(n for n, _ in region.tokens if n in keys and n.op == "call_function")
+        return Written(
+            tuple(scores),
+            tuple(outputs),
+            region,
+            keys,
+            tuple(sorted(readers - set(proofs), key=self.rank.__getitem__)),
+            tuple(n for n in proofs if has_order(n)),
+            tuple(whole),
+        )
+
+    def _stretch(self, onward: _Onward, ends: list[fx.Node]) -> tuple[dict[fx.Node, Tokenwise], dict[fx.Node, Place]]:
+        """The nodes before the ends, with rows of values that others share as well (a decay's maximum)."""
+        inner = self._between(onward.both, ends)
+        rows = dict(onward.rows)
+        members, keys = self._pull(ends, inner, rows)
+        while True:
+            candidates = self._rows_of(members, keys, rows)
+            ways = self._ways(members, candidates) if candidates else set()
+            if ways <= inner:
+                return members, keys
+            inner |= ways
+            rows |= candidates
+            members, keys = self._pull(ends, inner, rows)
+
+    def _pull(
+        self, ends: Iterable[fx.Node], inner: set[fx.Node], rows: Mapping[fx.Node, _Row]
+    ) -> tuple[dict[fx.Node, Tokenwise], dict[fx.Node, Place]]:
+        """Walk back from the ends, latest node first, so that all readers of a node come before it.
+
+        Taken are nodes in which queries and keys stand, and those in ``inner``, wherever a single place of the queries
+        is asked of them. Also returned: where the keys stand.
+        """
+        wanted: dict[fx.Node, set[Place | None]] = {end: {rows[end].queries} for end in ends}
+        keys: dict[fx.Node, Place] = {}
+        members: dict[fx.Node, Tokenwise] = {}
+        waiting = [(-self.rank[end], end) for end in wanted]
+        first = set(wanted)
+        heapq.heapify(waiting)
+        while waiting:
+            _, node = heapq.heappop(waiting)
+            proof = self._proof(node, wanted[node]) if node in first or node in keys or node in inner else None
+            if proof is None:
+                continue
+            members[node] = proof
+            places = self._keys_of_operands(node, keys.get(node), rows.get(node))
+            for i, (operand, need) in enumerate(zip(inputs_of(node), proof.needs, strict=True)):
+                if operand not in wanted:
+                    wanted[operand] = set()
+                    heapq.heappush(waiting, (-self.rank[operand], operand))
+                wanted[operand].add(need)
+                if i in places and need is not None:
+                    keys[operand] = places[i]
+        return members, keys
+
+    def _proof(self, node: fx.Node, wanted: set[Place | None]) -> Tokenwise | None:
+        """That the node may run on pieces of the one place that is wanted of it.
+
+        What draws stays outside, where its numbers are drawn whole; but a dropout, which weights go through, is a
+        member.
+        """
+        place = next(iter(wanted))
+        if has_order(node) and node.target not in DROPOUT:
+            return None
+        if node.op != "call_function" or len(wanted) != 1 or place is None:
+            return None
+        flow = self.flow(node)
+        if flow is None:
+            return None
+        needs = tuple(flow.back(i, place) for i in range(len(inputs_of(node))))
+        return Tokenwise(place, needs) if any(needs) or flow.repeats else None
+
+    def _keys_of_operands(self, node: fx.Node, keys: Place | None, row: _Row | None) -> dict[int, Place]:
+        """Where the keys stand in each operand, as far as they stand in the node or are lost in it."""
+        flow = self.flow(node)
+        if keys is None and row is not None:
+            others = {i: p for at, k in row.keys.items() for i, p in beside(node, at, k)}
+            return {**others, **row.keys}
+        if keys is None or flow is None:
+            return {}
+        count = range(len(inputs_of(node)))
+        found = {i: flow.back(i, keys) or kept_before(flow, i, keys) for i in count}
+        return {i: place for i, place in found.items() if place is not None}
+
+    def _scores(self, members: Mapping[fx.Node, Tokenwise], keys: Mapping[fx.Node, Place]) -> list[fx.Node]:
+        both = sorted(members.keys() & keys.keys(), key=self.rank.__getitem__)
+        return [n for n in both if self._scoring(n, members[n].place, keys[n]) is not None]
+
+    def _rows_of(
+        self, members: Mapping[fx.Node, Tokenwise], keys: Mapping[fx.Node, Place], known: Mapping[fx.Node, _Row]
+    ) -> dict[fx.Node, _Row]:
+        """Reductions over the keys of members, beside those that are known."""
+        found = _Onward({n: (members[n].place, keys[n]) for n in members.keys() & keys.keys()})
+        for node in list(found.both):
+            for user in node.users:
+                if user not in members and user not in known and not is_product(user):
+                    self._step(node, user, found, found.both[node])
+        return found.rows
+
+    def _ways(self, members: Mapping[fx.Node, Tokenwise], rows: Mapping[fx.Node, _Row]) -> set[fx.Node]:
+        """The nodes on the ways from those rows to the members, but for ways through products."""
+        until = _Until(self.rank, max(self.rank[n] for n in members))
+        places = {n: row.queries for n, row in rows.items()}
+        reached: set[fx.Node] = set()
+        stack = list(places)
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if user in members:
+                    reached.add(node)
+                elif user not in places and user in until and not is_product(user):
+                    place = self._carried(node, user, places[node])
+                    if place is not None:
+                        places[user] = place
+                        stack.append(user)
+        return ancestors(reached, set(places))
+
+    def _carried(self, node: fx.Node, user: fx.Node, place: Place) -> Place | None:
+        """Where a place of ``node`` stands in what ``user`` makes of it, once and for all."""
+        flow = self.flow(user)
+        at = [i for i, operand in enumerate(inputs_of(user)) if operand is node]
+        return one_of(flow.carry(i, place) for i in at) if flow is not None else None
+
+    def _between(self, first: Iterable[fx.Node], last: Iterable[fx.Node]) -> set[fx.Node]:
+        """The nodes on the ways from the first ones to the last."""
+        last = list(last)
+        until = _Until(self.rank, max(self.rank[n] for n in last))
+        return ancestors(last, descendants(first, until))
+
+    def _returning(self, outputs: list[fx.Node], proofs: Mapping[fx.Node, Tokenwise], until: _Until) -> set[fx.Node]:
+        """What reads an output outside and leads back into the stretch."""
+        outside = {u for n in outputs for u in n.users if u not in proofs and u in until}
+        return {u for u in outside if any(user in proofs for n in descendants([u], until) for user in n.users)}
 
 
-def _is_matrix(node: fx.Node, weights: Weights) -> bool:
-    """A weight, not keys: a router's softmax over logits is no attention."""
-    return len(shape_of(node.meta["val"])) <= 2 and weights.is_weight(node)
+def _results(row: fx.Node, onward: _Onward) -> list[fx.Node]:
+    """The row itself, or where it is several results (values and indices of a maximum) those that are read."""
+    if isinstance(row.meta["val"], torch.Tensor):
+        return [row]
+    onward.rows |= {item: _Row(onward.rows[row].queries, {}) for item in row.users}
+    return list(row.users)
 
 
-def _between(scores: list[fx.Node], product: fx.Node, rank: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """The nodes on the ways from the scores to the product."""
-    until = {n for n, at in rank.items() if at <= rank[product]}
-    return ancestors([product], descendants(scores, until))
+def _leaves(node: fx.Node, members: Mapping[fx.Node, Tokenwise]) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor) and any(u not in members for u in node.users)
+
+
+def _length(pair: tuple[Place, Place]) -> int:
+    return math.prod(p.n if isinstance(p.n, int) else UNKNOWN_LENGTH for p in pair)

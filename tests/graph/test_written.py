@@ -48,13 +48,13 @@ def test_the_longest_dimension_that_values_do_not_have_is_that_of_the_queries() 
     """Grouped heads [B, G, R, Q, K] x [B, G, 1, K, D]: R and Q are both free."""
     q, k, v = randn(B, 2, 3, Q, D), randn(B, 2, 1, K, D), randn(B, 2, 1, K, D)
     (written,) = found(lambda q, k, v: F.softmax(q @ k.mT, -1) @ v, q, k, v)
-    assert written.region.outputs == ((written.product, Place(3, Q)),)
+    assert written.region.outputs == ((written.ends[0], Place(3, Q)),)
 
 
 def test_keys_before_values() -> None:
     """v^T w^T instead of w v."""
     (written,) = found(lambda q, k, v: v.mT @ F.softmax(k @ q.mT, -2), *operands())
-    assert written.region.outputs == ((written.product, Place(3, Q)),)
+    assert written.region.outputs == ((written.ends[0], Place(3, Q)),)
 
 
 def test_readers_and_draws_are_told() -> None:
@@ -67,9 +67,19 @@ def test_readers_and_draws_are_told() -> None:
     assert [n.target for n in written.readers] == [aten.sum.default]
 
 
-def test_two_products_with_values_are_two() -> None:
+def test_two_products_with_values_end_one_stretch() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         w = F.softmax(q @ k.mT, -1)
         return w @ v + w @ v.sin()
 
-    assert len(found(attend, *operands())) == 2
+    (written,) = found(attend, *operands())
+    assert len(written.ends) == len(written.region.outputs) == 2
+
+
+def test_a_product_that_is_made_of_another_begins_a_stretch_of_its_own() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w = F.softmax(q @ k.mT, -1)
+        return w @ (w @ v)
+
+    first, second = found(attend, randn(B, H, Q, D), randn(B, H, Q, D), randn(B, H, Q, D))
+    assert first.scores == second.scores and second.ends != first.ends

@@ -15,33 +15,31 @@ from torch.nn import functional as F
 
 import mstc
 from mstc.graph.written import find_written
+from testkit.attention import (
+    B,
+    D,
+    H,
+    K,
+    Q,
+    attention_loops,
+    distance,
+    end,
+    options,
+    qkv,
+    randn,
+    refusals,
+    wide,
+    wide_values,
+)
 from testkit.capture import normal_graph
-from testkit.exactness import Comparison, chunked, compare, gradient_errors, gradients_of, lowered_graphs
+from testkit.exactness import compare, gradient_errors, gradients_of, lowered_graphs
 
-B, H, Q, K, D = 2, 4, 37, 29, 6
 LOWEST = torch.finfo(torch.float64).min
 Loss = Callable[..., Tensor]
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
-
-
-def qkv(queries: int = Q, keys: int = Q) -> dict[str, Tensor]:
-    return {"q": randn(B, H, queries, D), "k": randn(B, H, keys, D, seed=1), "v": randn(B, H, keys, D, seed=2)}
-
-
-def distance(queries: int = Q, keys: int = Q) -> Tensor:
-    return torch.arange(keys)[None, :] - torch.arange(queries)[:, None]
-
-
 def causal() -> Tensor:
     return torch.tril(torch.ones(Q, Q)).view(1, 1, Q, Q)
-
-
-def end(y: Tensor) -> Tensor:
-    return (y.transpose(1, 2).reshape(B, -1).sin() * 3).square().mean()
 
 
 # ------------------------------------------------------------------ the ways in which people write it
@@ -192,31 +190,6 @@ CASES: dict[str, Case] = {
 
 def leaves_of(case: Case) -> dict[str, Tensor]:
     return {**case.leaves(), **{name: randn(*shape, seed=3) for name, shape in case.more.items()}}
-
-
-def options(chunk: int = 10, **more: Any) -> dict[str, Any]:
-    return chunked(query_chunks={"chunk_tokens": chunk}, **more)
-
-
-def wide(gm: fx.GraphModule, inputs: bool = False) -> list[str]:
-    """Values with a dimension of queries and one of keys that the graph makes."""
-    return [shown for shown, _ in wide_values(gm, inputs)]
-
-
-def wide_values(gm: fx.GraphModule, inputs: bool = False) -> list[tuple[str, torch.dtype]]:
-    """Those values, with their dtypes."""
-    found = []
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or (node.op == "placeholder" and not inputs):
-            continue
-        long = [n for n in value.shape if n >= K]
-        found += [(f"{node.name} {tuple(value.shape)}", value.dtype)] if len(long) > 1 else []
-    return found
-
-
-def attention_loops(result: Comparison) -> int:
-    return sum("attention by queries" in e.what for r in result.reports for e in r.edits)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -400,10 +373,6 @@ def test_dropout_of_the_weights_through_inductor_keeps_nothing_square() -> None:
 
 
 # ------------------------------------------------------------------ what is left whole, and why
-
-
-def refusals(result: Comparison) -> list[str]:
-    return [x.reason for r in result.reports for x in r.refusals if x.pass_name == "query_chunks"]
 
 
 def test_weights_that_are_read_otherwise_stay() -> None:

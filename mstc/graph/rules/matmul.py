@@ -73,6 +73,26 @@ def einsum(call: Call) -> Flow | None:
     return call.flow(*(tuple(result.index(c) if c in result else MIXED for c in term) for term in terms))
 
 
+def contracted_with(call: Call, operand: int, dim: int) -> list[tuple[int, int]]:
+    """The operands and their dimensions that a product sums along with dimension ``dim`` of ``operand``."""
+    if call.target is aten.einsum.default:
+        terms = _terms(call)
+        letter = terms[operand][dim]
+        return [(i, term.index(letter)) for i, term in enumerate(terms) if i != operand and letter in term]
+    left, right = (0, 1) if call.target is aten.linear.default else (len(call.operands) - 2, len(call.operands) - 1)
+    ranks = [len(s) for s in call.shapes]
+    summed = {left: ranks[left] - 1, right: max(ranks[right] - 2, 0)}
+    if call.target is aten.linear.default:
+        summed[right] = 1
+    if summed.get(operand) != dim:
+        return []
+    return [(i, d) for i, d in summed.items() if i != operand]
+
+
+def _terms(call: Call) -> list[str]:
+    return str(call.arg("equation")).replace(" ", "").partition("->")[0].split(",")
+
+
 MATMUL_RULES: dict[object, Rule] = {
     aten.linear.default: linear,
     aten.addmm.default: addmm,

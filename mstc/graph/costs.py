@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from mstc.graph.einsum import contracted, names_of
+
 aten = torch.ops.aten
 
 # Stands for a size that was never seen.
@@ -25,22 +27,31 @@ _MATMULS = (
 
 def is_heavy(node: fx.Node) -> bool:
     """A matrix product: what chunks must be large enough for, and what recomputation avoids."""
+    if node.target is aten.einsum.default:
+        return bool(contracted(node))
     return node.target in _MATMULS
 
 
-def operands_of_product(node: fx.Node) -> tuple[Any, Any]:
-    """The left and the right factor of a matrix product, behind what is added to it, if anything."""
+def factors_of(node: fx.Node) -> tuple[Any, ...]:
+    """The factors of a matrix product, behind what is added to it, if anything: two, or more of an einsum."""
+    if node.target is aten.einsum.default:
+        return tuple(node.args[1])  # type: ignore[arg-type]
     first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
-    return node.args[first], node.args[first + 1]
+    return node.args[first : first + 2]
 
 
 def matmul_flops(node: fx.Node) -> float:
     """FLOPs of a matrix product, 0 for anything else. Symbolic sizes count by their hint."""
     if not is_heavy(node):
         return 0.0
-    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    left, _ = operands_of_product(node)
-    assert isinstance(left, fx.Node) and operands
+    if node.target is aten.einsum.default:
+        terms, _ = names_of(node)
+        shapes = [factor.meta["val"].shape for factor in factors_of(node)]
+        sizes = [dict(zip(term, shape, strict=True)) for term, shape in zip(terms, shapes, strict=True)]
+        inner = math.prod(max(hint(known[name]) for known in sizes if name in known) for name in contracted(node))
+        return 2.0 * numel(node) * inner
+    left = factors_of(node)[0]
+    assert isinstance(left, fx.Node)
     inner = hint(left.meta["val"].shape[-1]) if left.meta["val"].dim() else 1
     return 2.0 * numel(node) * inner
 

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis
-from mstc.graph.costs import is_heavy, operands_of_product
+from mstc.graph.costs import factors_of, is_heavy
 
 aten = torch.ops.aten
 
@@ -31,13 +31,13 @@ class Weights:
         self._data = {n for n in given if holds and _is_float(n) and n.meta["val"].dim() > 2}
 
     def in_product(self, node: fx.Node) -> fx.Node | None:
-        """The operand of a product that is a weight: the right one where both could be."""
+        """The factor of a product that is a weight: the last one that could be."""
         if not is_heavy(node):
             return None
-        left, right = operands_of_product(node)
-        for operand, other in ((right, left), (left, right)):
+        factors = factors_of(node)
+        for operand in factors[::-1]:
             if isinstance(operand, fx.Node) and (
-                self._is_plain(operand) or (operand in self._made and other not in self._made)
+                self._is_plain(operand) or (operand in self._made and not self._made.issuperset(factors))
             ):
                 return operand
         return None

@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.graph.costs import is_heavy, numel, operands_of_product
+from mstc.graph.costs import factors_of, is_heavy, numel
 from mstc.graph.live import in_memory, is_fusible, is_view, root_of
 from mstc.graph.reach import ancestors, descendants
 from mstc.ops.writer import Writer
@@ -74,7 +74,7 @@ def compute_where_read(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
 def _widens(node: fx.Node) -> bool:
     if not is_heavy(node):
         return False
-    left, _ = operands_of_product(node)
+    left = factors_of(node)[0]
     return isinstance(left, fx.Node) and numel(node) >= WIDENS * numel(left)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mstc.graph.einsum import names_of
 from mstc.graph.places import Flow, Lost
 from mstc.graph.rules.call import Call, Map, Rule
 
@@ -59,26 +60,19 @@ def matmul(call: Call) -> Flow | None:
 
 
 def einsum(call: Call) -> Flow | None:
-    """Letters that stand in the result go along, all others are contracted; no ellipsis, no diagonals."""
-    equation = str(call.arg("equation")).replace(" ", "")
-    if "." in equation:
-        return None
-    inputs, arrow, result = equation.partition("->")
-    terms = inputs.split(",")
-    if not arrow:
-        letters = sorted(set("".join(terms)))
-        result = "".join(c for c in letters if inputs.count(c) == 1)
+    """What stands in the result goes along, all else is contracted; no diagonals."""
+    terms, result = names_of(call.node)
     if any(len(set(term)) != len(term) for term in terms):
         return None
-    return call.flow(*(tuple(result.index(c) if c in result else MIXED for c in term) for term in terms))
+    return call.flow(*(tuple(result.index(name) if name in result else MIXED for name in term) for term in terms))
 
 
 def contracted_with(call: Call, operand: int, dim: int) -> list[tuple[int, int]]:
     """The operands and their dimensions that a product sums along with dimension ``dim`` of ``operand``."""
     if call.target is aten.einsum.default:
-        terms = _terms(call)
-        letter = terms[operand][dim]
-        return [(i, term.index(letter)) for i, term in enumerate(terms) if i != operand and letter in term]
+        terms, _ = names_of(call.node)
+        name = terms[operand][dim]
+        return [(i, term.index(name)) for i, term in enumerate(terms) if i != operand and name in term]
     left, right = (0, 1) if call.target is aten.linear.default else (len(call.operands) - 2, len(call.operands) - 1)
     ranks = [len(s) for s in call.shapes]
     summed = {left: ranks[left] - 1, right: max(ranks[right] - 2, 0)}
@@ -87,10 +81,6 @@ def contracted_with(call: Call, operand: int, dim: int) -> list[tuple[int, int]]
     if summed.get(operand) != dim:
         return []
     return [(i, d) for i, d in summed.items() if i != operand]
-
-
-def _terms(call: Call) -> list[str]:
-    return str(call.arg("equation")).replace(" ", "").partition("->")[0].split(",")
 
 
 MATMUL_RULES: dict[object, Rule] = {

@@ -230,9 +230,20 @@ def _matmul(p: Pick) -> Args:
 
 def _einsum(p: Pick) -> Args:
     sizes = {c: p.size() for c in "bhijd"}
-    equation = p.one("bhid,bhjd->bhij", "bhij, bhjd -> bihd", "bid,jd->bij", "ij,ji", "bhi->ib", "bi,bi,i->b")
+    equation = p.one("bhid,bhjd->bhij", "bhij, bhjd -> bihd", "bid,jd->bij", "ij,ji", "bhi->ib", "bi,bi,i->b", *_DOTS)
     terms = equation.replace(" ", "").split("->")[0].split(",")
-    return equation, [p.tensor([sizes[c] for c in term]) for term in terms]
+    batch = p.shape(0, 2)
+    # What an ellipsis stands for is broadcast from the right.
+    given = [p.smaller(batch) if i else batch for i in range(len(terms))]
+    return equation, [p.tensor(_sizes(term, sizes, given[i])) for i, term in enumerate(terms)]
+
+
+_DOTS = ("...id,jd->...ij", "...id,...jd->...ij", "i...d,di->...", "i...,...j", "b...j,j->...b")
+
+
+def _sizes(term: str, sizes: dict[str, int], dots: list[int]) -> list[int]:
+    left, found, right = term.partition("...")
+    return [*(sizes[c] for c in left), *(dots if found else ()), *(sizes[c] for c in right)]
 
 
 # ------------------------------------------------------------------ reductions, norms, losses

@@ -14,8 +14,8 @@ reverse (the equations are in ``chunked.py``): with W_t = exp(dt_t A) dh_t and P
 
 A tail is padded with zero tokens: dt = 0 leaves the state as it is.
 
-A body runs on one thread, whatever their number: it takes some 80 us, and a team of threads would meet several times
-in each, which takes as long where other programs run beside.
+A body takes some 80 us of one thread; its channels are shared among as many as there is work for. Where other programs
+take the cores, threads wait for each other longer than that: `torch.set_num_threads(1)` is faster there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REVERSE_TOKENS = 8
 WALK_TOKENS = 32
 """Tokens of one walk towards the states before the blocks of a segment."""
 TILE = 8192
-"""Channels times columns worked on at once: 256 KiB of states per 8 tokens in float32."""
+"""Channels times columns worked on at once by a thread: 256 KiB of states per 8 tokens in float32."""
 STRETCH = 512
 """Tokens that are converted and padded at once; a multiple of every segment."""
 
@@ -94,22 +94,22 @@ def reverse_block(
 
 @cache
 def _compile(
-    function: Callable[..., Block], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+    function: Callable[..., Block], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, threads: int
 ) -> Callable[..., Block]:
     from mstc.compat import compile_for
 
-    return compile_for(function, [torch.zeros(shape, dtype=dtype) for shape in shapes], threads=1)
+    return compile_for(function, [torch.zeros(shape, dtype=dtype) for shape in shapes], threads)
 
 
 def _body(function: Callable[..., Block], *examples: Tensor) -> Callable[..., Block]:
-    """``function`` for contiguous tensors of these shapes."""
-    return _compile(function, tuple(tuple(e.shape) for e in examples), examples[0].dtype)
+    """``function`` for contiguous tensors of these shapes and the threads that torch has now."""
+    return _compile(function, tuple(tuple(e.shape) for e in examples), examples[0].dtype, torch.get_num_threads())
 
 
 def _tiles(a: Tensor) -> list[slice]:
     """The channels of A [D, N], in equal parts as far as that goes."""
     channels, columns = a.shape
-    parts = -(-channels * columns // TILE)
+    parts = -(-channels * columns // (TILE * torch.get_num_threads()))
     width = -(-channels // parts)
     return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
 
@@ -135,7 +135,7 @@ def _rows(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int) -> I
 
 
 def _write(target: Tensor, block: Tensor, start: int) -> None:
-    """Tokens from ``start`` on; what is padding is dropped. Block by block: a copy of a stretch would call threads."""
+    """Tokens from ``start`` on; what is padding is dropped. Block by block: the next has its memory, still cached."""
     part = target[start : start + block.shape[0]]
     part.copy_(block[: part.shape[0]])
 

@@ -140,12 +140,23 @@ def test_compiled_code_takes_blocks(threads: int, monkeypatch: pytest.MonkeyPatc
     assert taken
 
 
-def test_bodies_are_compiled_once_for_any_number_of_threads(uncompiled: list[Any]) -> None:
-    """Their code has one thread, so that it is the same."""
-    for threads in (1, 2):
+def test_bodies_are_compiled_once_for_each_number_of_threads(uncompiled: list[Any]) -> None:
+    """Their code shares channels among as many as torch has."""
+    for threads in (1, 2, 1, 2):
         torch.set_num_threads(threads)
         compiled_op(**make(40))
-    assert [(function, threads) for function, _, threads in uncompiled] == [(blocks.forward_block, 1)]
+    assert [(function, threads) for function, _, threads in uncompiled] == [
+        (blocks.forward_block, 1),
+        (blocks.forward_block, 2),
+    ]
+
+
+def test_tiles_grow_with_the_threads() -> None:
+    a = torch.zeros(2048, 16)
+    torch.set_num_threads(1)
+    assert blocks._tiles(a) == [slice(512 * i, 512 * (i + 1)) for i in range(4)]
+    torch.set_num_threads(2)
+    assert blocks._tiles(a) == [slice(0, 1024), slice(1024, 2048)]
 
 
 @pytest.mark.parametrize("threads", [1, None])

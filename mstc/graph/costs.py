@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from mstc.graph.convolution import is_pointwise_convolution
 from mstc.graph.einsum import contracted, names_of
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ def is_heavy(node: fx.Node) -> bool:
     """A matrix product: what chunks must be large enough for, and what recomputation avoids."""
     if node.target is aten.einsum.default:
         return bool(contracted(node))
-    return node.target in _MATMULS
+    return node.target in _MATMULS or is_pointwise_convolution(node)
 
 
 def factors_of(node: fx.Node) -> tuple[Any, ...]:
@@ -50,8 +51,10 @@ def matmul_flops(node: fx.Node) -> float:
         sizes = [dict(zip(term, shape, strict=True)) for term, shape in zip(terms, shapes, strict=True)]
         inner = math.prod(max(hint(known[name]) for known in sizes if name in known) for name in contracted(node))
         return 2.0 * numel(node) * inner
-    left = factors_of(node)[0]
+    left, right = factors_of(node)
     assert isinstance(left, fx.Node)
+    if node.target is aten.convolution.default:
+        return 2.0 * numel(node) * hint(right.meta["val"].shape[1])
     inner = hint(left.meta["val"].shape[-1]) if left.meta["val"].dim() else 1
     return 2.0 * numel(node) * inner
 

@@ -72,7 +72,7 @@ def compute_where_read(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
 
 
 def _widens(node: fx.Node) -> bool:
-    if not is_heavy(node):
+    if not numel(node) or not is_heavy(node):  # a body that was not traced has no values
         return False
     left = factors_of(node)[0]
     return isinstance(left, fx.Node) and numel(node) >= WIDENS * numel(left)

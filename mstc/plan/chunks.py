@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, nbytes, numel
+import torch.fx as fx
+
+from mstc.graph.axes import Tokenwise
+from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, nbytes
 from mstc.graph.live import is_view
+from mstc.graph.places import Place
 from mstc.graph.regions import Region
-from mstc.graph.sizes import UnknownSize, evaluate
+from mstc.graph.rules import flow_of
+from mstc.graph.sizes import UnknownSize, evaluate, size
 from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import examples_of
 from mstc.plan.words import bytes_text, counted
@@ -47,8 +53,16 @@ class Chunks:
 
 def tokens_of(region: Region) -> int:
     """Tokens in the region: rows of its widest matrix product."""
-    rows = [numel(n) // max(hint(n.meta["val"].shape[-1]), 1) for n in region.nodes if is_heavy(n)]
-    return max(rows, default=hint_n(region))
+    return max((_rows(n, region.proofs[n]) for n in region.nodes if is_heavy(n)), default=hint_n(region))
+
+
+def _rows(product: fx.Node, proof: Tokenwise) -> int:
+    """How many rows a product has: its result's dimensions that stand in what is cut, a weight's left out."""
+    flow, shape = flow_of(product), product.meta["val"].shape
+    cut = [i for i, need in enumerate(proof.needs) if need is not None]
+    assert flow is not None
+    rows = [d for d, n in enumerate(shape) if any(flow.back(i, Place(d, size(n))) is not None for i in cut)]
+    return math.prod(hint(shape[d]) for d in rows)
 
 
 def hint_n(region: Region) -> int:

@@ -40,12 +40,18 @@ class Block(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize("dots", [False, True], ids=["letters", "ellipsis"])
-def test_a_model_of_einsums_runs_in_loops(dots: bool) -> None:
+@pytest.mark.parametrize(
+    ("dots", "lower"),
+    [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")],
+    ids=["letters", "ellipsis", "inductor"],
+)
+def test_a_model_of_einsums_runs_in_loops(dots: bool, lower: str) -> None:
     torch.manual_seed(0)
     model = Block(dots)
     x, labels = randn(2, 23, WIDTH), torch.randint(0, CLASSES, (2, 23))
-    result = compare(model, {**dict(model.named_parameters()), "x": x.requires_grad_()}, (x, labels), chunked(7, 5))
+    result = compare(
+        model, {**dict(model.named_parameters()), "x": x.requires_grad_()}, (x, labels), chunked(7, 5, lower)
+    )
     result.check()
     (graph,) = result.graphs
     assert any(str(n.target).startswith("mstc.loss_loop") for n in loops_of(graph))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mstc.graph.regions import Region
 from mstc.ops.pieces import balanced
-from mstc.plan.chunks import FEWEST_OF_SEVERAL, choose, cut_further, may_hold_several
-from testkit.capture import meta, regions_of
+from mstc.plan.chunks import FEWEST_OF_SEVERAL, choose, cut_further, may_hold_several, tokens_of
+from testkit.capture import meta, randn, regions_of
 
 
 def region(length: int, width: int = 64, inner: int = 256, batch: int = 1) -> Region:
@@ -93,3 +96,21 @@ def test_one_product_of_all_classes_holds_no_several() -> None:
 
     (loss,) = regions_of(head, meta(1, 8192, 64), meta(32000, 64), meta(1, 64))[2]
     assert not may_hold_several(loss)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w,
+        lambda x, w: torch.einsum("btd,dhk->bthk", x, w.view(8, 4, 6)),
+        lambda x, w: torch.einsum("dn,btd->nbt", w, x),
+        lambda x, w: F.conv1d(x.transpose(1, 2), w.T[:, :, None]),
+        lambda x, w: torch.bmm(x, w.expand(2, 8, 24)),
+    ],
+    ids=["matmul", "einsum", "weight first", "convolution", "repeated weight"],
+)
+def test_tokens_are_the_rows_of_products(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    regions = regions_of(lambda x, w: product(torch.tanh(x) + x.cumsum(1), w).square(), randn(2, 23, 8), randn(8, 24))[
+        2
+    ]
+    assert [tokens_of(r) for r in regions] == [2 * 23]

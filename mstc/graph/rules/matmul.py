@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mstc.graph.convolution import is_pointwise_convolution
 from mstc.graph.einsum import names_of
 from mstc.graph.places import Flow, Lost
 from mstc.graph.rules.call import Call, Map, Rule
@@ -67,6 +68,18 @@ def einsum(call: Call) -> Flow | None:
     return call.flow(*(tuple(result.index(name) if name in result else MIXED for name in term) for term in terms))
 
 
+def convolution(call: Call) -> Flow | None:
+    """y[b, n, ...] = sum_k x[b, k, ...] w[n, k] + b[n], k in the group of n; any other convolution is no product."""
+    if not is_pointwise_convolution(call.node):
+        return None
+    rank = len(call.shape(0))
+    out = 1 if call.arg("groups") == 1 else MIXED  # groups of channels are counted from the first
+    maps: list[Map] = [(0, MIXED, *range(2, rank)), (out, *[MIXED] * (rank - 1))]
+    if len(call.operands) == 3:
+        maps.append((out,))
+    return call.flow(*maps)
+
+
 def contracted_with(call: Call, operand: int, dim: int) -> list[tuple[int, int]]:
     """The operands and their dimensions that a product sums along with dimension ``dim`` of ``operand``."""
     if call.target is aten.einsum.default:
@@ -91,4 +104,5 @@ MATMUL_RULES: dict[object, Rule] = {
     aten.baddbmm.default: baddbmm,
     aten.matmul.default: matmul,
     aten.einsum.default: einsum,
+    aten.convolution.default: convolution,
 }

@@ -228,6 +228,14 @@ def _matmul(p: Pick) -> Args:
     return p.tensor(left), p.tensor(right)
 
 
+def _convolution(p: Pick) -> Args:
+    groups, space = p.int(1, 2), p.shape(1, 3)
+    inner, outer = groups * p.size(), groups * p.size()
+    weight, bias = p.tensor([outer, inner // groups, *[1] * len(space)]), p.tensor([outer])
+    still = [1] * len(space), [0] * len(space), [1] * len(space), False, [0] * len(space)
+    return p.tensor([p.size(), inner, *space]), weight, bias if p.flag() else None, *still, groups
+
+
 def _einsum(p: Pick) -> Args:
     sizes = {c: p.size() for c in "bhijd"}
     equation = p.one("bhid,bhjd->bhij", "bhij, bhjd -> bihd", "bid,jd->bij", "ij,ji", "bhi->ib", "bi,bi,i->b", *_DOTS)
@@ -454,6 +462,7 @@ CASES: dict[Any, Case] = {
     aten.baddbmm.default: _baddbmm,
     aten.matmul.default: _matmul,
     aten.einsum.default: _einsum,
+    aten.convolution.default: _convolution,
     **dict.fromkeys(
         (aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.var.default), _one()
     ),

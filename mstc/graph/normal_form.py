@@ -30,6 +30,7 @@ from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
 from mstc.graph.provenance import source_of
 from mstc.graph.rules import rule_of
+from mstc.graph.sizes import shape_of
 from mstc.graph.twice import compute_once
 
 aten = torch.ops.aten
@@ -207,7 +208,8 @@ def _spell_copies(gm: fx.GraphModule) -> None:
         value, source = node.meta["val"], node.args[1]
         if source.meta["val"].dtype != value.dtype:
             source = call(aten._to_copy.default, (source,), {"dtype": value.dtype})
-        whole = call(aten.expand.default, (source, list(value.shape)))
+        shape = [editor.number(n, like=node) for n in shape_of(value)]
+        whole = call(aten.expand.default, (source, shape))
         node.replace_all_uses_with(call(aten.clone.default, (whole,)))
         gm.graph.erase_node(node)
 

@@ -69,6 +69,25 @@ def test_padding_of_features_at_any_length(amounts: tuple[int, int]) -> None:
         torch.testing.assert_close(got, torch.autograd.grad(loss(x), [*up.parameters(), *down.parameters()]))
 
 
+def test_writing_to_a_stretch_at_any_length() -> None:
+    """As sequence-to-sequence models shift their labels."""
+    torch.manual_seed(0)
+    table, head = nn.Embedding(11, 8).double(), nn.Linear(8, 11).double()
+
+    def loss(labels: Tensor) -> Tensor:
+        shifted = labels.new_zeros(labels.shape)
+        shifted[:, 1:] = labels[:, :-1].clone()
+        shifted[:, 0] = 1
+        return F.cross_entropy(head(table(shifted).cumsum(1)).flatten(0, 1), labels.flatten())
+
+    step = torch.compile(loss, backend="mstc", options=chunked(7, 5), dynamic=True)
+    leaves = [table.weight, *head.parameters()]
+    for length in (23, 31):
+        labels = torch.randint(0, 11, (2, length))
+        got = torch.autograd.grad(step(labels), leaves)
+        torch.testing.assert_close(got, torch.autograd.grad(loss(labels), leaves))
+
+
 def test_batch_and_length_both_vary() -> None:
     model = Tiny()
     fn = step(model)

@@ -10,20 +10,41 @@ import torch.fx as fx
 
 from mstc.graph.costs import is_heavy
 from mstc.graph.places import DimFlow, Flow, Lost, Place, ViewFlow
-from mstc.graph.rules import flow_of
+from mstc.graph.rules import flow_of, rule_of
 from mstc.graph.rules.call import Call, operands_of
-from mstc.graph.rules.matmul import contracted_with
+from mstc.graph.rules.matmul import DISTANCES, contracted_with
 from mstc.graph.rules.pointwise import pointwise
-from mstc.graph.sizes import quotient, same
+from mstc.graph.rules.reduce import REDUCE_RULES
+from mstc.graph.sizes import quotient, same, shape_of
 
 aten = torch.ops.aten
 
+ATTENTION = (aten.scaled_dot_product_attention.default,)
 DROPOUT = (aten.dropout.default,)
 
 
+_PRODUCTS = (aten.einsum.default, *DISTANCES)
+
+
 def is_product(node: fx.Node) -> bool:
-    """A matrix product, einsum among them."""
-    return is_heavy(node) or node.target is aten.einsum.default
+    """A matrix product of tokens, einsum and distances of all pairs of rows among them; a convolution has weights."""
+    return node.target in _PRODUCTS or (is_heavy(node) and node.target is not aten.convolution.default)
+
+
+def is_end(node: fx.Node) -> bool:
+    """Whether a stretch may end in the node that loses the keys: a product with values, or a reduction."""
+    return is_product(node) or node.target in ATTENTION or node.target in REDUCE_RULES
+
+
+def may_combine(node: fx.Node) -> bool:
+    """Whether operands of an op of floats, element by element, have dimensions that others of them lack."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or is_product(node) or not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    operands = operands_of(node)
+    if len(operands) < 2 or not value.is_floating_point() or rule_of(node.target) is not pointwise:
+        return False
+    return sum(len(shape_of(o.meta["val"])) > 0 and shape_of(o.meta["val"]) != shape_of(value) for o in operands) > 1
 
 
 class _Item:

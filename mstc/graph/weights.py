@@ -50,6 +50,10 @@ class Weights:
         """Whether a value is made of what modules hold, and of constants, alone."""
         return node in self._made
 
+    def is_raw(self, node: fx.Node) -> bool:
+        """Whether a value is what a module holds, perhaps cast, viewed or transposed."""
+        return node in self._made and self._is_plain(node)
+
     def _is_plain(self, node: fx.Node) -> bool:
         """Whether a value is an input that is a weight or a constant, perhaps cast, viewed or transposed."""
         while node.op == "call_function" and len(node.all_input_nodes) == 1:

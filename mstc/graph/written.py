@@ -6,12 +6,13 @@ Queries and keys come from the same tokens, so along the tokens this is a mixer.
 query alone: along the queries everything from the scores to o is tokenwise, with keys and values shared.
 Nothing here looks at names, and f may be anything: a softmax, one written by hand, a sigmoid, a decay.
 
-The search starts at a product in which one place comes from one operand, the queries, and another place from another,
-the keys. Both are followed forward through the axis rules to the nodes in which only the queries are left: products
-with values and reductions over the keys. Those that lead back (a row's maximum, its normalizer) belong to the stretch,
-the others end it. From the ends the search walks back. A value in which both places stand has S x S elements. Those
-are taken into the stretch, down to where only one of the two is left: queries, keys, positions, per-head slopes,
-tables of relative positions. So masks and biases are made chunk by chunk as well, never whole.
+The search starts at a product (or, where none meets them, at a sum or difference) in which one place comes from one
+operand, the queries, and another place from another, the keys. Both are followed forward through the axis rules to the
+nodes in which only the queries are left: products with values and reductions over the keys. Those that lead back (a
+row's maximum, its normalizer) belong to the stretch, the others end it. From the ends the search walks back. A value
+in which both places stand has S x S elements. Those are taken into the stretch, down to where only one of the two is
+left: queries, keys, positions, per-head slopes, tables of relative positions. So masks and biases are made chunk by
+chunk as well, never whole.
 
 Nodes of such a stretch may have other readers (a bias that all layers share): those keep them, the stretch has its
 own copy. Finding edits nothing.
@@ -31,17 +32,27 @@ import torch.fx as fx
 from mstc.graph.axes import Tokenwise
 from mstc.graph.costs import UNKNOWN_LENGTH
 from mstc.graph.editor import has_order
-from mstc.graph.pairs import DROPOUT, beside, flow_along, inputs_of, is_product, kept, kept_before, one_of, parts_of
+from mstc.graph.pairs import (
+    ATTENTION,
+    DROPOUT,
+    beside,
+    flow_along,
+    inputs_of,
+    is_end,
+    is_product,
+    kept,
+    kept_before,
+    may_combine,
+    one_of,
+    parts_of,
+)
 from mstc.graph.places import DimFlow, Flow, Lost, Place
 from mstc.graph.reach import ancestors, descendants
-from mstc.graph.regions import Region, region_of
+from mstc.graph.regions import Region, position_only, region_of
 from mstc.graph.rules.call import operands_of
 from mstc.graph.sizes import Size, product, same, shape_of
 from mstc.graph.weights import Weights
 
-aten = torch.ops.aten
-
-_ATTENTION = (aten.scaled_dot_product_attention.default,)
 _ANY_AXIS = -1  # a stretch along queries lies on no axis of `mstc.graph.axes`: keys stand on the same one
 
 
@@ -65,16 +76,22 @@ class Written:
 
 
 def find_written(graph: fx.Graph) -> Iterator[Written]:
-    """All written-out attention: one record for all ends of the same scores that can be computed at once."""
+    """All written-out attention: one record for all ends of the same scores that can be computed at once.
+
+    Products come first: what only combines queries and keys, element by element, may be a gate beside their scores.
+    """
     search: _Search | None = None
     taken: set[fx.Node] = set()
-    for node in graph.nodes:
-        if not is_product(node) or node in taken:
-            continue
-        search = search or _Search(graph)
-        for found in search.from_product(node, taken):
-            taken |= {*found.scores, *found.ends}
-            yield found
+    inside: set[fx.Node] = set()
+    for begins in (is_product, may_combine):
+        for node in filter(begins, graph.nodes):
+            search = search or _Search(graph)
+            if node in taken or (begins is may_combine and (node in inside or search.is_given(node))):
+                continue
+            for found in search.from_scores(node, taken):
+                taken |= {*found.scores, *found.ends}
+                inside.update(found.region.nodes)
+                yield found
 
 
 # ------------------------------------------------------------------ what is found on the way
@@ -119,7 +136,12 @@ class _Search:
     def __init__(self, graph: fx.Graph) -> None:
         self.rank = {node: i for i, node in enumerate(graph.nodes)}
         self.weights = Weights(graph)
+        self._given = position_only(graph)
         self._flows: dict[fx.Node, Flow | None] = {}
+
+    def is_given(self, node: fx.Node) -> bool:
+        """Whether a value is made without tokens (positions, masks) or of weights alone."""
+        return node in self._given or self.weights.is_held(node)
 
     def flow(self, node: fx.Node) -> Flow | None:
         if node not in self._flows:
@@ -128,8 +150,8 @@ class _Search:
 
     # -------------------------------------------------------------- where to start
 
-    def from_product(self, node: fx.Node, taken: set[fx.Node]) -> list[Written]:
-        """What a product begins: by the longest of its places that lead to ends, and that nothing else reads if any."""
+    def from_scores(self, node: fx.Node, taken: set[fx.Node]) -> list[Written]:
+        """What scores begin: by the longest of its places that lead to ends, and that nothing else reads if any."""
         waiting = self._pairs(node)
         tried: set[frozenset[Place]] = set()
         first: list[Written] = []
@@ -164,38 +186,41 @@ class _Search:
         """Whether these are scores of queries and keys that chunks of queries may pay for.
 
         They are no smaller than the keys, which every chunk reads whole; so a state (k^T v, whose "queries" would be
-        the features of v) is none.
+        the features of v) is none. Where nothing is contracted, queries and keys are the longest dimensions: else
+        features are combined.
         """
         cut = self._scoring(node, queries, keys)
-        if cut is None or not isinstance(queries.n, int):
-            return cut is not None
-        contracted = self._contracted(node, cut)
-        return not isinstance(contracted, int) or queries.n >= contracted
+        flow = self.flow(node)
+        if cut is None or not isinstance(flow, DimFlow):
+            return False
+        contracted = [n for d, n in enumerate(flow.shapes[cut]) if isinstance(flow.carry(cut, Place(d, n)), Lost)]
+        if contracted:
+            return not _is_shorter(queries.n, product(contracted))
+        others = [n for d, n in enumerate(flow.result) if d not in (queries.dim, keys.dim)]
+        return not any(_is_shorter(p.n, n) for p in (queries, keys) for n in others)
 
     def _scoring(self, node: fx.Node, queries: Place, keys: Place) -> int | None:
-        """The operand with the queries of a product whose keys come from another; None where it is no such product.
+        """The operand with the queries, where the keys come from another; None where these are no scores.
 
         A weight gives neither: a router's logits, a linear layer and the products of experts are no scores. But
-        queries may be learned, one set for each head or text.
+        queries may be computed of learned ones. Positions give neither, where no product meets them.
         """
         flow = self.flow(node)
-        if not is_product(node) or flow is None:
+        if flow is None:
             return None
-        backs = [(flow.back(i, queries), flow.back(i, keys)) for i in range(len(operands_of(node)))]
+        operands = operands_of(node)
+        backs = [(flow.back(i, queries), flow.back(i, keys)) for i in range(len(operands))]
         of_queries = [i for i, (q, k) in enumerate(backs) if q is not None and k is None]
         of_keys = [i for i, (q, k) in enumerate(backs) if q is None and k is not None]
-        operands = operands_of(node)
-        if not of_queries or any(self._is_matrix(operands[i]) for i in of_queries):
+        if not of_queries or any(
+            self._is_matrix(o) or self.weights.is_raw(o) for o in map(operands.__getitem__, of_queries)
+        ):
             return None
         if not of_keys or any(self._is_weight(operands[i]) for i in of_keys):
             return None
+        if not is_product(node) and any(self.is_given(operands[i]) for i in (*of_queries, *of_keys)):
+            return None
         return of_queries[0]
-
-    def _contracted(self, node: fx.Node, operand: int) -> Size:
-        flow = self.flow(node)
-        assert isinstance(flow, DimFlow)
-        sizes = enumerate(flow.shapes[operand])
-        return product(n for d, n in sizes if isinstance(flow.carry(operand, Place(d, n)), Lost))
 
     def _is_matrix(self, node: fx.Node) -> bool:
         return len(shape_of(node.meta["val"])) <= 2 and self.weights.is_weight(node)
@@ -241,7 +266,7 @@ class _Search:
     def _reduces(self, node: fx.Node, flow: Flow, at: list[int]) -> bool:
         """Whether a node that loses the keys is a product with values (no weight) or a reduction."""
         others = [o for i, o in enumerate(inputs_of(node)) if i not in at]
-        if is_product(node) or node.target in _ATTENTION:
+        if is_product(node) or node.target in ATTENTION:
             return bool(others) and not any(self._is_weight(o) for o in others)
         if not isinstance(flow, DimFlow):
             return False
@@ -260,9 +285,11 @@ class _Search:
                 yield found
 
     def _together(self, onward: _Onward, taken: set[fx.Node]) -> list[list[fx.Node]]:
-        """The ends, parted where one is made of another."""
+        """The ends, parted where one is made of another; what only picks some keys is none."""
         inner = self._between(onward.both, onward.both)
         rows = sorted(onward.rows.keys() - inner - onward.readers.keys() - taken, key=self.rank.__getitem__)
+        onward.readers |= dict.fromkeys(row for row in rows if not is_end(row))
+        rows = [row for row in rows if is_end(row)]
         groups: list[list[fx.Node]] = []
         for end in [end for row in rows for end in _results(row, onward)]:
             if not groups or end in descendants(groups[-1], _Until(self.rank, self.rank[end])):
@@ -292,7 +319,8 @@ class _Search:
         outputs = [n for n in within if n in ends or (n not in keys and n not in claimed and _leaves(n, proofs))]
         readers |= self._returning(outputs, proofs, until) | onward.readers.keys()
         region = region_of(_ANY_AXIS, proofs, (), outputs)
-        whole = dict.fromkeys(n for n, _ in region.tokens if n in keys and n.op == "call_function")
+        inputs = dict.fromkeys(n for n, _ in region.tokens if n in keys)
+        whole = [n for n in inputs if n.op == "call_function" and not self.weights.is_held(n)]
         return Written(
             tuple(scores),
             tuple(outputs),
@@ -377,8 +405,10 @@ class _Search:
         return {i: place for i, place in found.items() if place is not None}
 
     def _scores(self, members: Mapping[fx.Node, Tokenwise], keys: Mapping[fx.Node, Place]) -> list[fx.Node]:
+        """The products of queries and keys in a stretch, or where it has none what combines these first."""
         both = sorted(members.keys() & keys.keys(), key=self.rank.__getitem__)
-        return [n for n in both if self._scoring(n, members[n].place, keys[n]) is not None]
+        scores = [n for n in both if self._scoring(n, members[n].place, keys[n]) is not None]
+        return [n for n in scores if is_product(n)] or scores
 
     def _rows_of(
         self, members: Mapping[fx.Node, Tokenwise], keys: Mapping[fx.Node, Place], known: Mapping[fx.Node, _Row]
@@ -437,6 +467,11 @@ def _results(row: fx.Node, onward: _Onward) -> list[fx.Node]:
 
 def _leaves(node: fx.Node, members: Mapping[fx.Node, Tokenwise]) -> bool:
     return isinstance(node.meta["val"], torch.Tensor) and any(u not in members for u in node.users)
+
+
+def _is_shorter(n: Size, other: Size) -> bool:
+    """Whether a length is below another; a dynamic one is below none that is known."""
+    return isinstance(other, int) and isinstance(n, int) and n < other
 
 
 def _length(pair: tuple[Place, Place]) -> int:

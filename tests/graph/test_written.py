@@ -83,3 +83,32 @@ def test_a_product_that_is_made_of_another_begins_a_stretch_of_its_own() -> None
 
     first, second = found(attend, randn(B, H, Q, D), randn(B, H, Q, D), randn(B, H, Q, D))
     assert first.scores == second.scores and second.ends != first.ends
+
+
+def test_values_of_all_pairs_without_a_product_are_found_and_feature_states_are_not() -> None:
+    def differ(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.exp(-(q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)) @ v
+
+    def state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q[..., None] * (k[..., :, None] * v[..., None, :]).cumsum(2)).sum(-2)
+
+    (written,) = found(differ, *operands())
+    assert [n.target for n in written.scores] == [aten.sub.Tensor]
+    assert not found(state, randn(B, H, Q, D), randn(B, H, Q, D), randn(B, H, Q, D))
+
+
+def test_positions_alone_are_no_scores() -> None:
+    def count(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return x + (i[:, None] - j[None, :]).float().exp().sum(-1)
+
+    assert not found(count, randn(Q), torch.arange(Q), torch.arange(K))
+
+
+def test_a_stretch_does_not_end_where_some_keys_are_picked() -> None:
+    """Steps of a scan read one token each: their "keys"."""
+
+    def steps(weight: Tensor, x: Tensor) -> Tensor:
+        y = torch.bmm(weight, x.transpose(1, 2))
+        return y[:, :, 0] + y[:, :, 1]
+
+    assert not found(steps, randn(H, D, D), randn(H, K, D))

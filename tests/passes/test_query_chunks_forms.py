@@ -96,6 +96,38 @@ def gaussian(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return end(torch.exp(-far.clamp(min=0)) @ v)
 
 
+def distances(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return end(F.softmax(-torch.cdist(q, k), -1) @ v)
+
+
+def distances_of_another_norm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return end(torch.exp(-torch.cdist(q, k, p=1)) @ v)
+
+
+def differences(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No product meets queries and keys; whole, their differences would be S x S x D."""
+    return end(torch.exp(-(q[..., :, None, :] - k[..., None, :, :]).pow(2).sum(-1)) @ v)
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """Bahdanau's; GATv2's."""
+    return end(F.softmax(torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ w, -1) @ v)
+
+
+def graph_attention(q: Tensor, k: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """GAT's, over a dense graph."""
+    e = F.leaky_relu((q @ left)[..., :, None] + (k @ right)[..., None, :], 0.2)
+    return end(F.softmax(e.masked_fill(behind(q) < 0, -9e15), -1) @ v)
+
+
+def all_in_one(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """Scores that are no node of their own."""
+    c = F.logsigmoid(gate).cumsum(-1)
+    decay = torch.exp((c[..., :, None] - c[..., None, :]).masked_fill(behind(q) < 0, -math.inf))
+    y: Tensor = torch.einsum("bhid,bhjd,bhij,bhje->bhie", q, k, decay, v)
+    return end(y)
+
+
 def flat_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Heads and queries in one dimension of both products, one set of keys."""
     b, h, n, d = q.shape
@@ -229,6 +261,12 @@ FORMS: dict[str, Form] = {
     "linear": Form(linear),
     "normalized after": Form(normalized_after),
     "gaussian": Form(gaussian),
+    "distances": Form(distances),
+    "distances of another norm": Form(distances_of_another_norm),
+    "differences": Form(differences),
+    "additive": Form(additive, {"w": "D"}),
+    "graph attention": Form(graph_attention, {"left": "D", "right": "D"}),
+    "all in one": Form(all_in_one, {"gate": "BHS"}),
     "flat heads": Form(flat_heads),
     "multiplied and summed": Form(multiplied_and_summed),
     "softmax by hand": Form(by_hand),
@@ -354,8 +392,24 @@ class Experts(nn.Module):
         return y.square().mean()
 
 
-def test_experts_and_linear_layers_and_states_are_no_attention() -> None:
-    model = Experts()
+class Projections(nn.Module):
+    """Weights of more than two dimensions, and a mean over the tokens behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Parameter(torch.randn(2, 8, 8))
+        self.point = nn.Conv1d(8, 8, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("htd,hde->hte", x, self.blocks).relu().mean(1)
+        return (y + self.point(x.mT).relu().mean(-1)).square().mean()
+
+
+@pytest.mark.parametrize("kind", [Experts, Projections])
+def test_products_with_weights_and_states_are_no_attention(kind: type[nn.Module]) -> None:
+    model = kind()
     result = compare(model, dict(model.named_parameters()), [randn(B, Q, 8)], options())
     result.check()
     assert attention_loops(result) == 0

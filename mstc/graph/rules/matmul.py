@@ -12,6 +12,8 @@ from mstc.graph.rules.call import Call, Map, Rule
 aten = torch.ops.aten
 MIXED = Lost.MIXED
 
+DISTANCES = (aten._euclidean_dist.default, aten._cdist_forward.default)  # what torch.cdist becomes
+
 
 def linear(call: Call) -> Flow | None:
     """y[..., n] = sum_k x[..., k] w[n, k] + b[n]"""
@@ -60,6 +62,13 @@ def matmul(call: Call) -> Flow | None:
     return call.flow(left_map, right_map)
 
 
+def distance(call: Call) -> Flow | None:
+    """y[..., i, j] = |x[..., i, :] - z[..., j, :]|, with broadcast leading dimensions"""
+    rank = len(call.result)
+    ahead = [tuple(range(rank - len(s), rank - 2)) for s in call.shapes]
+    return call.flow((*ahead[0], rank - 2, MIXED), (*ahead[1], rank - 1, MIXED))
+
+
 def einsum(call: Call) -> Flow | None:
     """What stands in the result goes along, all else is contracted; no diagonals."""
     terms, result = names_of(call.node)
@@ -88,15 +97,15 @@ def contracted_with(call: Call, operand: int, dim: int) -> list[tuple[int, int]]
         return [(i, term.index(name)) for i, term in enumerate(terms) if i != operand and name in term]
     left, right = (0, 1) if call.target is aten.linear.default else (len(call.operands) - 2, len(call.operands) - 1)
     ranks = [len(s) for s in call.shapes]
-    summed = {left: ranks[left] - 1, right: max(ranks[right] - 2, 0)}
-    if call.target is aten.linear.default:
-        summed[right] = 1
+    by_rows = call.target in (aten.linear.default, *DISTANCES)
+    summed = {left: ranks[left] - 1, right: ranks[right] - 1 if by_rows else max(ranks[right] - 2, 0)}
     if summed.get(operand) != dim:
         return []
     return [(i, d) for i, d in summed.items() if i != operand]
 
 
 MATMUL_RULES: dict[object, Rule] = {
+    **dict.fromkeys(DISTANCES, distance),
     aten.linear.default: linear,
     aten.addmm.default: addmm,
     aten.mm.default: mm,

@@ -236,6 +236,15 @@ def _convolution(p: Pick) -> Args:
     return p.tensor([p.size(), inner, *space]), weight, bias if p.flag() else None, *still, groups
 
 
+def _distance(*more: Any) -> Case:
+    def case(p: Pick) -> Args:
+        batch, k = p.shape(0, 2), p.size()
+        left, right = ([*batch, p.size(), k] for _ in range(2))
+        return p.tensor(left), p.tensor(right), *more
+
+    return case
+
+
 def _einsum(p: Pick) -> Args:
     sizes = {c: p.size() for c in "bhijd"}
     equation = p.one("bhid,bhjd->bhij", "bhij, bhjd -> bihd", "bid,jd->bij", "ij,ji", "bhi->ib", "bi,bi,i->b", *_DOTS)
@@ -461,6 +470,8 @@ CASES: dict[Any, Case] = {
     aten.bmm.default: _bmm,
     aten.baddbmm.default: _baddbmm,
     aten.matmul.default: _matmul,
+    aten._euclidean_dist.default: _distance(),
+    aten._cdist_forward.default: _distance(1.0, None),
     aten.einsum.default: _einsum,
     aten.convolution.default: _convolution,
     **dict.fromkeys(

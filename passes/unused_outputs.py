@@ -15,6 +15,7 @@ import torch.fx as fx
 from mstc.errors import OptionError
 from mstc.graph.editor import Editor
 from mstc.graph.precision import at_least_float32
+from mstc.graph.sizes import shape_of
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
 
@@ -65,7 +66,8 @@ def apply(editor: Editor, site: UnusedSite, ctx: Context) -> None:
     value = site.node.meta["val"]
     dtype = at_least_float32(value.dtype)
     nan = editor.call(aten.full.default, ([], float("nan")), {"dtype": dtype, "device": value.device}, like=site.node)
-    nothing = editor.call(aten.expand.default, (nan, list(value.shape)), like=site.node)
+    shape = [editor.number(n, like=site.node) for n in shape_of(value)]
+    nothing = editor.call(aten.expand.default, (nan, shape), like=site.node)
     outputs = list(editor.gm.graph.output_node().args[0])  # type: ignore[arg-type]
     outputs[site.position] = nothing
     ctx.facts.setdefault("dropped", {})[nothing] = site.position

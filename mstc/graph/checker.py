@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 
+import torch
 import torch.fx as fx
 
 from mstc import compat
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def check(gm: fx.GraphModule) -> None:
@@ -21,6 +24,9 @@ def check(gm: fx.GraphModule) -> None:
             )
         if node.op in ("call_function", "placeholder", "get_attr"):
             assert "val" in node.meta, f"{node.name} has no value"
+        assert not any(isinstance(a, _SYMBOLIC) for a in compat.tree_leaves((node.args, node.kwargs))), (
+            f"{node.name} is given a size that no node computes"
+        )
         assert not compat.is_grad_mode_switch(node), f"{node.name} switches the grad mode"
 
 

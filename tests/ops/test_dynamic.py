@@ -88,6 +88,21 @@ def test_writing_to_a_stretch_at_any_length() -> None:
         torch.testing.assert_close(got, torch.autograd.grad(loss(labels), leaves))
 
 
+def test_an_unused_output_of_any_length() -> None:
+    model = Tiny()
+
+    def loss(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    step = torch.compile(loss, backend="mstc", options=chunked(7, 5, unused_outputs=(1,)), dynamic=True)
+    for length in (23, 31):
+        x, labels = inputs(2, length)
+        value, logits = step(x, labels)
+        torch.testing.assert_close(value, loss(x, labels)[0])
+        assert logits.shape == (2, length, 11) and logits.isnan().all()
+
+
 def test_batch_and_length_both_vary() -> None:
     model = Tiny()
     fn = step(model)

@@ -470,8 +470,8 @@ def _leaves(node: fx.Node, members: Mapping[fx.Node, Tokenwise]) -> bool:
 
 
 def _is_shorter(n: Size, other: Size) -> bool:
-    """Whether a length is below another; a dynamic one is below none that is known."""
-    return isinstance(other, int) and isinstance(n, int) and n < other
+    """Whether a length is below another; what is known is below what is dynamic."""
+    return isinstance(n, int) and (not isinstance(other, int) or n < other)
 
 
 def _length(pair: tuple[Place, Place]) -> int:

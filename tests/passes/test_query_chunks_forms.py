@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mstc
 from testkit.allocator import measured_peak
 from testkit.attention import B, D, H, Q, attention_loops, end, options, randn, refusals, wide
-from testkit.exactness import compare
+from testkit.exactness import compare, gradient_errors, gradients_of
 
 Loss = Callable[..., Tensor]
 
@@ -349,6 +350,39 @@ def test_twice_the_length_takes_twice_the_memory() -> None:
         peaks.append(measured_peak(lambda: compiled(x).backward(), model))  # noqa: B023
     assert peaks[1] < 2.2 * peaks[0], peaks
     assert peaks[1] < 2 * 4 * 1024 * 1024, peaks  # the scores of both heads, once
+
+
+def dynamic(loss: Loss, lengths: tuple[int, ...]) -> list[mstc.Report]:
+    """Reports of one graph that serves all these lengths, its loss and gradients held to eager's."""
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    compiled = torch.compile(loss, backend="mstc", options=options())
+    for n in lengths:
+        leaves = leaves_of(Form(loss), B, H, n, D)
+        for x in leaves.values():
+            torch._dynamo.mark_dynamic(x, 2)
+        found, gradients = gradients_of(compiled, leaves, list(leaves.values()))
+        expected, reference = gradients_of(loss, leaves, list(leaves.values()))
+        assert abs(found - expected).item() < 1e-9
+        assert max(gradient_errors(gradients, reference).values()) < 1e-9
+    return mstc.reports()
+
+
+def test_a_dynamic_length_runs_in_chunks() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = torch.sigmoid(q @ k.mT)
+        return ((a @ v) / a.sum(-1, keepdim=True)).square().mean()
+
+    (report,) = dynamic(loss, (Q, 50))
+    assert sum("attention by queries" in e.what for e in report.edits) == 1, report.refusals
+
+
+def test_a_state_of_a_dynamic_length_is_no_attention() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (F.softmax(q, -1) @ (k.sigmoid().mT @ v)).square().mean()
+
+    (report,) = dynamic(loss, (Q, 50))
+    assert not [x for x in (*report.edits, *report.refusals) if x.pass_name == "query_chunks"]
 
 
 # ------------------------------------------------------------------ what is no attention, or stays as it is

@@ -24,13 +24,17 @@ FEWEST, MOST = 1024, 1 << 26  # tokens between which it is sought
 
 @dataclass(frozen=True)
 class Row:
-    """One system: the longest sequence that fits, and peak and seconds at ``tokens`` (None where that does not fit)."""
+    """One system: the longest sequence that fits, and peak and seconds at ``tokens`` (None where that does not fit).
+
+    in_blocks: the longest where the allocator cannot grow its segments (None where the schedule is not known so well).
+    """
 
     system: str
     longest: int
     tokens: int
     peak: int | None
     seconds: float | None
+    in_blocks: int | None = None
 
 
 @dataclass
@@ -141,11 +145,12 @@ def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
 def _peer(system: str, target: Target, setting: Setting, seq: int | None) -> Row:
     peer, budget = Peer(system, target.config, setting), setting.device.usable()
     longest = longest_of(lambda n: peer.usage(n).peak, budget)
+    in_blocks = longest_in_blocks(lambda n: peer.usage(n).fits_in_blocks(budget), longest)
     tokens = seq or longest
     usage = peer.usage(tokens) if tokens else None
     if usage is None or usage.peak > budget:
-        return Row(SYSTEMS[system], longest, tokens, None, None)
-    return Row(SYSTEMS[system], longest, tokens, usage.peak, usage.seconds)
+        return Row(SYSTEMS[system], longest, tokens, None, None, in_blocks)
+    return Row(SYSTEMS[system], longest, tokens, usage.peak, usage.seconds, in_blocks)
 
 
 def longest_of(peak: Callable[[int], int], budget: int) -> int:
@@ -173,6 +178,13 @@ def longest_of(peak: Callable[[int], int], budget: int) -> int:
     return low
 
 
+def longest_in_blocks(fits: Callable[[int], bool], longest: int) -> int:
+    """The first length that has room in blocks, from ``longest`` down by a sixty-fourth of it (at least `GRAIN`): what
+    lies between is in no order, since a longer sequence may happen to fit where a shorter one does not."""
+    step = max(longest // 64 // GRAIN, 1) * GRAIN
+    return next((tokens for tokens in range(longest, 0, -step) if fits(tokens)), 0)
+
+
 def _categories(planned: Planned, stages: list[Stage], solution: Solution) -> dict[str, int]:
     """The peak of the plan by category."""
     gradients = sum(s.gradients for s in stages)
@@ -196,11 +208,13 @@ def _assumptions(target: Target, setting: Setting) -> list[str]:
         f"parameters, gradients and activations {kinds}",
         f"optimizer: {setting.optimizer.about}",
         f"memory: {device.usable() / 2**30:.2f} GiB = {device.memory / 2**30:.2f} GiB less "
-        f"{device.context / 2**20:.0f} MiB for the driver; no fragmentation",
+        f"{device.context / 2**20:.0f} MiB for the driver",
+        "longest: no fragmentation (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True); in blocks: with the defaults of "
+        "PyTorch's allocator, of the eager systems",
         f"time: {device.reached:.0%} of peak in large products, {device.copies:.0%} of bandwidth, "
         f"{device.launch * 1e6:.0f} us per kernel ({'calibrated' if device.name == 'cpu' else 'assumed'})",
         "plain, checkpointing, Mini-Sequence: eager PyTorch, FlashAttention-2, float32 logits with a shifted copy, "
-        "as in transformers 4.4x; MLP in 8 pieces, head in 16, as in its published code",
+        "as in transformers 4.4x; MLP in 8 pieces, head in 16 (its logits computed again), as in its published code",
         "mstc: gradients are held to the end of the backward under every optimizer",
         f"mstc, offloading: activations only, over a link of {device.link / 1e9:.0f} GB/s each way beside computation, "
         "into as much host memory as needed; parameters, gradients and optimizer state stay",

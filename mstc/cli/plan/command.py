@@ -79,13 +79,21 @@ def plan(
 def _print(found: Answer, swept: list[dict[str, Any]]) -> None:
     console = make_console()
     table = make_table(
-        f"{found.model} on {found.device.label}", "system", "longest", "at tokens", "peak GiB", "step s", "tokens/s"
+        f"{found.model} on {found.device.label}",
+        "system",
+        "longest",
+        "in blocks",
+        "at tokens",
+        "peak GiB",
+        "step s",
+        "tokens/s",
     )
     for row in found.rows:
         peak = "does not fit" if row.peak is None else f"{row.peak / GIB:.1f}"
         time = "" if row.seconds is None else f"{row.seconds:.1f}"
         speed = "" if row.seconds is None else f"{row.tokens * found.batch / row.seconds:.0f}"
-        table.add_row(row.system, str(row.longest), str(row.tokens), peak, time, speed)
+        in_blocks = "" if row.in_blocks is None else str(row.in_blocks)
+        table.add_row(row.system, str(row.longest), in_blocks, str(row.tokens), peak, time, speed)
     console.print(table)
     held = make_table("mstc's peak by category", "category", "GiB")
     for name, size in found.held.items():

@@ -1,9 +1,10 @@
 """Other ways to run the same step, as published, in eager PyTorch on meta tensors.
 
 plain: the model as it is. checkpointing: every layer runs again in its backward. mini-sequence: checkpointing, MLPs in
-8 pieces (whose intermediates autograd keeps until the layer's backward is done) and the head in 16, gradients in the
-forward. Head and loss are those of Hugging Face transformers at the time: logits in float32, a shifted copy of them,
-and the logits held by the model's output through the backward. Attention is FlashAttention-2.
+8 pieces (whose intermediates autograd keeps until the layer's backward is done) and the head in 16, whose logits are
+computed again in the backward. The head and loss of the other two are those of Hugging Face transformers at the time:
+logits in float32, a shifted copy of them, and the logits held by the model's output through the backward. Attention is
+FlashAttention-2.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mstc.cli.bench.models import checkpoint_layers
+from mstc.cli.plan.blocks import fits
 from mstc.cli.plan.models import build
 from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.tracker import Tracker, flash
@@ -29,14 +31,19 @@ SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": 
 
 @dataclass(frozen=True)
 class Usage:
-    """Peak bytes by category, and seconds of a step."""
+    """Peak bytes by category, seconds of a step, and in order what it makes and frees (as `blocks.fits` takes it)."""
 
     held: dict[str, int]
     seconds: float
+    events: list[tuple[int, int]]
 
     @property
     def peak(self) -> int:
         return sum(self.held.values())
+
+    def fits_in_blocks(self, budget: int) -> bool:
+        """Whether it has room in what PyTorch's allocator hands out beside parameters and optimizer state."""
+        return fits(self.events, budget - self.held["parameters"] - self.held["optimizer"])
 
 
 class Peer:
@@ -82,7 +89,7 @@ class Peer:
         self._model.zero_grad(set_to_none=True)
         held = {"parameters": parameters, "optimizer": state, "gradients and activations": peak}
         moved = 3.0 * (parameters + state)
-        return Usage(held, tracker.seconds + device.seconds(0, moved, 0, 1, precision))
+        return Usage(held, tracker.seconds + device.seconds(0, moved, 0, 1, precision), tracker.events)
 
     def _plain_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self._model.model(input_ids=ids).last_hidden_state
@@ -94,7 +101,7 @@ class Peer:
     def _pieces_loss(self, ids: Tensor) -> tuple[Tensor, None]:
         hidden = self._model.model(input_ids=ids).last_hidden_state[:, :-1]
         length = math.ceil(hidden.shape[1] / HEAD_PIECES)
-        pieces = torch.split(hidden, length, 1)
+        pieces = [piece.contiguous() for piece in torch.split(hidden, length, 1)]
         losses = [_HeadPiece.apply(h, self._model.lm_head.weight) for h in pieces]  # type: ignore[no-untyped-call]
         total: Tensor = sum(losses) / ids.numel()
         return total, None
@@ -119,23 +126,21 @@ class _Pieces(nn.Module):
 
 
 class _HeadPiece(torch.autograd.Function):
-    """Head and loss of one piece: logits and their gradient in float32, the weight's gradient made at once."""
+    """Head and loss of one piece. The backward computes the logits again, in float32 beside their gradient, and adds
+    to the weight's gradient by itself: nothing that waits for that gradient hears of it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        rows = hidden.contiguous().flatten(0, 1)
-        logits = F.linear(rows, weight).float()
-        loss = F.cross_entropy(
-            logits, torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device), reduction="sum"
-        )
-        gradient = F.softmax(logits, dim=-1).to(rows.dtype)
-        made = gradient.t() @ rows
-        weight.grad = made if weight.grad is None else weight.grad.add_(made)
-        ctx.save_for_backward(gradient @ weight)
-        ctx.shape = hidden.shape
-        return loss
+        ctx.save_for_backward(hidden, weight)
+        labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+        return F.cross_entropy(F.linear(hidden, weight).float().flatten(0, -2), labels.flatten(), reduction="sum")
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grads[0]).view(ctx.shape), None
+        hidden, weight = ctx.saved_tensors
+        logits = F.linear(hidden, weight).float()
+        gradient = F.softmax(logits, dim=-1).to(hidden.dtype)
+        made = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
+        weight.grad = made if weight.grad is None else weight.grad.add_(made)
+        del logits
+        return (gradient @ weight).mul_(grads[0]), None

@@ -20,14 +20,18 @@ _active: list[Tracker] = []
 
 
 class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is made while it is entered; what was made before is the caller's to count."""
+    """Counts what is made while it is entered; what was made before is the caller's to count.
+
+    events: (name, bytes) of each storage that was made, (name, 0) of each that was freed, in order.
+    """
 
     def __init__(self, device: Device, dtype: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.dtype = device, dtype
         self.live = self.peak = 0
         self.seconds = 0.0
-        self._known: dict[int, int] = {}
+        self.events: list[tuple[int, int]] = []
+        self._known: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Any:
         _active.append(self)
@@ -58,7 +62,9 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._known:
             return 0
-        size = self._known[key] = storage.nbytes()
+        name, size = self._known[key] = len(self.events), storage.nbytes()
+        if size:
+            self.events.append((name, size))
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._gone, key)
@@ -66,10 +72,13 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def know(self, tensor: torch.Tensor) -> None:
         """Leave a tensor out of the count: the caller counts it."""
-        self._known[tensor.untyped_storage()._cdata] = 0
+        self._known[tensor.untyped_storage()._cdata] = (-1, 0)
 
     def _gone(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        name, size = self._known.pop(key, (-1, 0))
+        if size:
+            self.events.append((name, 0))
+        self.live -= size
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mstc.cli.plan.answer import FEWEST, GRAIN, MOST, longest_of
+from mstc.cli.plan.answer import FEWEST, GRAIN, MOST, longest_in_blocks, longest_of
 
 
 @pytest.mark.parametrize("flat", [0, 900_000, 1_000_000])
@@ -28,3 +28,11 @@ def test_it_is_the_last_that_fits(flat: int, slope: int, base: int) -> None:
 def test_nothing_fits_and_everything_fits() -> None:
     assert longest_of(lambda tokens: tokens, FEWEST - 1) == 0
     assert longest_of(lambda tokens: 5, 10) == MOST
+
+
+def test_blocks_are_sought_from_above() -> None:
+    """What fits is in no order: the longest counts, not the first that fails."""
+    assert longest_in_blocks(lambda tokens: tokens != 10 * GRAIN and tokens <= 12 * GRAIN, 20 * GRAIN) == 12 * GRAIN
+    assert longest_in_blocks(lambda tokens: True, 1000 * GRAIN) == 1000 * GRAIN
+    assert longest_in_blocks(lambda tokens: tokens <= 990 * GRAIN, 1000 * GRAIN) == 985 * GRAIN
+    assert longest_in_blocks(lambda tokens: False, 20 * GRAIN) == 0

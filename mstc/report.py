@@ -90,7 +90,8 @@ class Report:
 
     graph: its name; options: in force, as a caller would write them; versions: of mstc, torch and Python;
     regions, refusals, edits: in the order of the graph and of the passes; plan: lines of the choice under a memory
-    budget, else none; timings: seconds by pass; fidelity: how close the passes that changed something keep the numbers.
+    budget, else none; timings: seconds by pass; fidelity: how close the passes that changed something keep the numbers;
+    around: what runs the graph around its loops, where that is not what compiles them.
     """
 
     graph: str = ""
@@ -102,6 +103,7 @@ class Report:
     plan: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     fidelity: Fidelity = Fidelity.EXACT
+    around: str = ""
     drawing: Drawing | None = field(default=None, repr=False, compare=False)
 
     # ------------------------------------------------------------------ writing it down
@@ -110,7 +112,7 @@ class Report:
         """The report as plain text: the same report always gives the same text."""
         title = self.graph if self.graph.startswith("graph") else f"graph {self.graph}".rstrip()
         sections = [
-            _section(title, [f"fidelity: {self.fidelity.words}"]),
+            _section(title, [f"fidelity: {self.fidelity.words}", *self._around()]),
             _section("options", _pairs(self.options)),
             _section("regions", _table(_REGION_HEAD, [_region_row(r) for r in self.regions])),
             _section("refusals", [_refusal_line(r) for r in self.refusals]),
@@ -120,6 +122,9 @@ class Report:
             _section("versions", _pairs(self.versions)),
         ]
         return "\n".join(s for s in sections if s)
+
+    def _around(self) -> list[str]:
+        return [f"around the loops: {self.around}, since a compiler has nothing to gain there"] if self.around else []
 
     def to_json(self) -> str:
         """The report as JSON; `Report.from_json` reads it back. Raises TypeError on options that JSON cannot hold."""

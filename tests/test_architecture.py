@@ -27,6 +27,7 @@ FLOORS = {
     "mstc.passes": 3,
     "mstc.pipeline": 4,
     "mstc.lower": 4,
+    "mstc.around": 4,
     "mstc.verify": 4,
     "mstc.assume": 4,
     "mstc.dump": 4,

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.around import runs_op_by_op
 from mstc.compat import autocast
 from mstc.dump.environment import command_line, versions
 from mstc.dump.files import Drawn
@@ -80,6 +81,7 @@ def _explain_graph(captured: compat.Captured, options: Options, report: Report) 
     ctx = Context(options, form.training, compile_body=_not_compiled, explained=True)
     with autocast.off_at_run_time():
         run(form.gm, ctx, report, [recording])
+    report.around = "aot_eager" if runs_op_by_op(form.gm, options) else ""
     return recording.finish(form.gm, report)
 
 
@@ -98,6 +100,7 @@ def _together(title: str, options: Options, reports: Sequence[Report]) -> Report
         whole.refusals += report.refusals
         whole.edits += report.edits
         whole.plan += report.plan
+        whole.around = whole.around or report.around
         whole.fidelity = Fidelity(max(whole.fidelity, report.fidelity))
         for name, seconds in report.timings.items():
             whole.timings[name] = whole.timings.get(name, 0.0) + seconds

@@ -1,6 +1,7 @@
 """Graphs retraced into ATen ops: before autograd in functional form, or below it with derivatives written out.
 
-`make_fx` is experimental; functional tensors are private, as are the flags that tell which inputs a function writes to.
+`make_fx` is experimental; functional tensors are private, as are the flags that tell which inputs a function writes to
+and the switch that keeps hooks for real tensors away from fake ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch._dynamo.compiled_autograd import _disable as without_compiled_autograd
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing as without_saved_tensors_hooks
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -63,6 +65,7 @@ def trace_functional(
     run = _FunctionalRun(autocast.CastingMode(whole), _SourceKeepingInterpreter(gm, switches, function))
     with (
         contextlib.closing(switches),
+        _unobserved(),
         mode,
         symbolic_kernels(mode),
         fx.traceback.preserve_node_meta(),
@@ -160,6 +163,15 @@ def _writable_dropout() -> Iterator[None]:
         torch._freeze_functional_tensor = plain  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def _unobserved() -> Iterator[None]:
+    """What watches the caller's autograd sees nothing of the tracing, as under AOTAutograd: no hook of saved tensors
+    (a checkpoint around the compiled function) gets a fake one, and anomaly mode looks for no nan in it.
+    """
+    with without_saved_tensors_hooks(), torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), check_nan=False):
+        yield
+
+
 def trace_flat(
     function: Callable[..., Any], fakes: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
 ) -> fx.GraphModule:
@@ -167,7 +179,7 @@ def trace_flat(
     # Inside the fake mode, since derivative formulas make constants of their own. Compiled autograd, where it is on,
     # would take a gradient that is asked for meanwhile for a graph of its own.
     mode = fake_mode_of_values(fakes)
-    with mode, symbolic_kernels(mode), without_compiled_autograd():
+    with _unobserved(), mode, symbolic_kernels(mode), without_compiled_autograd():
         return make_fx(
             function,
             decomposition_table=dict(decompositions or {}),

@@ -45,44 +45,44 @@ def _writes(detach: fx.Node) -> list[fx.Node]:
     return [
         n
         for n in detach.graph.nodes
-        if _target_of_write(n) in through and any(map(_needs_grad, (*n.all_input_nodes, detach.all_input_nodes[0])))
+        if target_of_write(n) in through and any(map(needs_grad, (*n.all_input_nodes, detach.all_input_nodes[0])))
     ]
 
 
 def _views(detach: fx.Node) -> set[fx.Node]:
     """The detached tensor and everything made of it that lies in the same memory."""
-    memory, found = _memory(detach), {detach}
+    memory, found = memory_of(detach), {detach}
     for node in detach.graph.nodes:
-        if any(i in found for i in node.all_input_nodes) and _memory(node) == memory:
+        if any(i in found for i in node.all_input_nodes) and memory_of(node) == memory:
             found.add(node)
     return found
 
 
 def _read_beside(detach: fx.Node, write: fx.Node) -> bool:
     """Whether the memory is read other than through the detached tensor once it is written to."""
-    memory, through, written = _memory(detach), _views(detach), False
+    memory, through, written = memory_of(detach), _views(detach), False
     for node in detach.graph.nodes:
         written = written or node is write
-        if written and any(_memory(i) == memory and i not in through for i in node.all_input_nodes):
+        if written and any(memory_of(i) == memory and i not in through for i in node.all_input_nodes):
             return True
     # An input's memory is the caller's.
-    return any(n.op in ("placeholder", "get_attr") and _memory(n) == memory for n in detach.graph.nodes)
+    return any(n.op in ("placeholder", "get_attr") and memory_of(n) == memory for n in detach.graph.nodes)
 
 
-def _target_of_write(node: fx.Node) -> fx.Node | None:
+def target_of_write(node: fx.Node) -> fx.Node | None:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     return node.args[0] if name in _WRITES or (name.endswith("_") and not name.endswith("__")) else None
 
 
-def _memory(node: fx.Node) -> int | None:
+def memory_of(node: fx.Node) -> int | None:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
     return int(value.untyped_storage()._cdata)
 
 
-def _needs_grad(node: fx.Node) -> bool:
+def needs_grad(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.requires_grad

@@ -5,6 +5,7 @@
 - A `torch.autograd.Function` of the user's: Dynamo hands it on as two graphs, its forward and its own backward, which
   need not be the derivative of the forward.
 - A stretch under ``vmap``, which Dynamo writes as calls that switch it on and off.
+- Hooks on the gradient of a tensor (`mstc.graph.hooks`).
 
 The passes see one op that they know nothing about; the lowering takes it apart again, since the op is made of nothing
 but that call.
@@ -71,13 +72,20 @@ def why_not(node: fx.Node, gm: fx.GraphModule) -> str | None:
     return None
 
 
+def registered(function: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]], *text: object) -> str:
+    """The key under which the op calls ``function``, which ``text`` tells from all others."""
+    key = digest(*text)
+    _functions[key] = function
+    return key
+
+
 def call(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **settings: Any) -> Any:
     """What stands for the call while the graph is traced: the op, its results as the call returns them."""
     places = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
     constants = tuple(None if i in places else a for i, a in enumerate(args))
     single = isinstance(forward.graph.output_node().args[0][0], fx.Node)  # type: ignore[index]
-    key = digest(forward.code, backward.code, constants, places, settings)
-    _functions[key] = _Function(forward, backward, constants, places, settings, single)
+    function = _Function(forward, backward, constants, places, settings, single)
+    key = registered(function, forward.code, backward.code, constants, places, settings)
     found = torch.ops.mstc.function.default([args[i] for i in places], key)
     return found[0] if single else tuple(found)
 
@@ -142,8 +150,7 @@ def _fold(graph: fx.Graph, stretch: Sequence[fx.Node], made: dict[fx.Node, fx.No
         own[node] = body.node_copy(node, own.__getitem__)
     body.output([own[n] for n in results])
     run = fx.GraphModule(torch.nn.Module(), body)
-    key = digest(body)
-    _functions[key] = lambda tensors: list(run(*tensors))
+    key = registered(lambda tensors: list(run(*tensors)), body)
     op = graph.call_function(torch.ops.mstc.function.default, ([made[n] for n in read], key))
     for i, node in enumerate(results):
         made[node] = graph.call_function(operator.getitem, (op, i))

@@ -24,6 +24,7 @@ from mstc import compat
 from mstc.graph import functions
 from mstc.graph.detached import with_own_memory
 from mstc.graph.editor import Editor
+from mstc.graph.hooks import fold_hooks
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.masked_rows import read_rows
 from mstc.graph.numbers import numbers_as_tensors
@@ -64,7 +65,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
 
     Raises `NotNormalError` where it holds something that the retracing would lose.
     """
-    folded = functions.fold_vmap(gm)
+    folded = fold_hooks(functions.fold_vmap(gm))
     _refuse_unknown(folded)
     folded, written = with_own_memory(folded)
     if written is not None:

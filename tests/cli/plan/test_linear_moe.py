@@ -68,14 +68,14 @@ def test_linear_attention_costs_what_its_formula_says() -> None:
 
 
 def test_the_peak_of_a_small_one_stays_below_the_predicted_one() -> None:
-    """By up to a quarter: what the backward of the experts holds for a while is overrated (docs/plan.md)."""
+    """By up to a tenth; the plan tells whole MiB here."""
     model, ids = _model(), _ids(2048)
     torch._dynamo.reset()
     fn = torch.compile(model, backend="mstc", options={"lower": "aot_eager", "memory_budget": "64MiB"}, dynamic=False)
     fn(ids).backward()
     peak = measured_peak(lambda: fn(ids).backward(), model) / 2**20
     predicted = predicted_mib()
-    assert peak - 0.5 < predicted < 1.25 * peak
+    assert peak - 0.5 < predicted < 1.1 * peak
 
 
 @pytest.mark.slow

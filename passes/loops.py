@@ -169,9 +169,7 @@ def _cut_off(editor: Editor, inputs: Sequence[fx.Node], needs: Sequence[bool], l
     """The inputs; those that get no gradient of the loop detached, so that no backward is asked for what made them."""
 
     def cut(node: fx.Node) -> fx.Node:
-        made = editor.call(torch.ops.aten.detach.default, (node,), like=like)
-        made.meta["needs_grad"] = False
-        return made
+        return editor.call(torch.ops.aten.detach.default, (node,), like=like)
 
     pairs = zip(inputs, needs, strict=True)
     return [n if need or not n.meta.get("needs_grad") else cut(n) for n, need in pairs]
@@ -182,9 +180,7 @@ def _result(editor: Editor, call: fx.Node, index: int, old: fx.Node) -> fx.Node:
     new = editor.getitem(call, index, like=old)
     if old.meta.get("needs_grad") or not new.meta["needs_grad"]:
         return new
-    cut = editor.call(torch.ops.aten.detach.default, (new,), like=old, before=new.next)
-    cut.meta["needs_grad"] = False
-    return cut
+    return editor.call(torch.ops.aten.detach.default, (new,), like=old, before=new.next)
 
 
 def _saved(program: Program) -> tuple[str, ...]:

@@ -92,6 +92,8 @@ def _linear(user: fx.Node, source: fx.Node, later: set[fx.Node]) -> bool:
     """Whether ``user`` is linear in ``source``, with factors that are known before the loop."""
     if [a for a in (*user.args, *user.kwargs.values()) if a is source] != [source]:
         return False
+    if not isinstance(user.meta.get("val"), torch.Tensor):
+        return False  # pieces of a split
     if user.target in _RESHAPE or user.target in _REDUCE:
         return all(isinstance(n, int) for n in source.meta["val"].shape)  # the seed has that shape, written as numbers
     same_shape: bool = user.meta["val"].shape == source.meta["val"].shape

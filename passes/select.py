@@ -4,6 +4,9 @@
 others leave tokens out; they would part the head from its loss and keep all logits. ``losses[mask]`` would part a loss
 from its sum, so that the backward had to make the logits again. Exact up to the shape of the matrix products, so equal
 up to rounding.
+
+A few rows of logits that are read whole too, or by selections that together are more than all, are computed twice: a
+product on one row of each sequence costs nothing beside logits of all of them that would have to stay.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ aten = torch.ops.aten
 # Values that are so much smaller than what they are made of are losses: the head goes with them.
 NARROW = 4
 
+# How much more than all rows a product may run on, so that logits need not be made whole.
+REPEATED = 1 / 8
+
 Head = tuple[list[Selection], set[fx.Node]]  # equal selections, and what leads to nothing else
 Places = tuple[Place, ...]  # of each axis that the rows are made of, in a value; none where it holds no rows
 
@@ -57,16 +63,14 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[SelectSite | Refusal]:
     known = ctx.analysis(gm)
     for region in known.regions:
         heads = [(g, head_of(region, _values(g))) for g in _groups(known.axes, region)]
-        kept: list[Head] = []
-        for found in _own_heads(region, [h for h in heads if gains(region, *h)]):
-            if isinstance(found, Refusal):
-                yield found
-            else:
-                kept.append(found)
+        kept, refusals = _own_heads(region, [h for h in heads if gains(region, *h)])
         if _repeats_work(kept) or _repeats_gradients(kept):
-            yield refuse("select", kept[0][0][0].node, "what is selected, together, costs more than all of it")
-            continue
-        for group, head in kept:
+            told = "what is selected, together, costs more than all of it"
+            kept, refusals = [], [*refusals, refuse("select", kept[0][0][0].node, told)]
+        # What is left may be less once a few rows are computed apart: the pass runs again.
+        few = _few_rows(region, heads) if refusals else []
+        yield from () if few else refusals
+        for group, head in few or kept:
             yield _site(known.axes, group, head)
 
 
@@ -82,8 +86,9 @@ def _groups(axes: Axes, region: Region) -> list[list[Selection]]:
     return list(found.values())
 
 
-def _own_heads(region: Region, heads: list[Head]) -> Iterator[Head | Refusal]:
+def _own_heads(region: Region, heads: list[Head]) -> tuple[list[Head], list[Refusal]]:
     """The part of each head that leads to selections only; what others read too becomes an input of it."""
+    refusals: list[Refusal] = []
     while heads:
         cuts = _readers([c for g, _ in heads for c in g])
         own = {n for _, h in heads for n in h}
@@ -92,11 +97,28 @@ def _own_heads(region: Region, heads: list[Head]) -> Iterator[Head | Refusal]:
         left = [(g, ancestors(_values(g), own)) for g, _ in heads if own.issuperset(_values(g))]
         left = [h for h in left if gains(region, *h)]
         lost = [h for h in heads if not any(h[0] is g for g, _ in left)]
-        yield from (_read_whole(group[0]) for group, head in lost if _is_wide(region, group, head))
+        refusals += [_read_whole(group[0]) for group, head in lost if _is_wide(region, group, head)]
         if not lost:
-            yield from left
-            return
+            break
         heads = left
+    return heads, refusals
+
+
+def _few_rows(region: Region, heads: list[Head]) -> list[Head]:
+    """Heads to run once more on a few rows, where their values need not be whole for anything else."""
+    cuts = {c.reader for g, _ in heads for c in g}
+    inside = {*region.proofs, *region.sums, *cuts}
+    found: list[Head] = []
+    for group, head in sorted(heads, key=lambda h: _share(h[0], unknown=1.0)):
+        values = _values(group)
+        wide = [n for n in head if NARROW * nbytes(n) > max(map(nbytes, values))]
+        made_whole = any(u not in inside for n in wide for u in n.users)
+        more = [*found, (group, head)]
+        together = sum(_share(g, unknown=1.0) for g, _ in more)
+        gains_memory = gains(region, group, head) and _is_wide(region, group, head)
+        if not made_whole and gains_memory and together <= REPEATED and not _repeats_gradients(more, whole=1):
+            found = more
+    return found
 
 
 def _readers(cuts: Collection[Selection]) -> set[fx.Node]:
@@ -139,12 +161,12 @@ def _read(region: Region, head: Collection[fx.Node]) -> int:
     return sum(nbytes(i) for i in inputs if i in tokens or i in region.proofs)
 
 
-def _share(group: list[Selection]) -> float:
-    """How much of the rows is selected. What data decide counts nothing: a mask selects at most all."""
+def _share(group: list[Selection], unknown: float = 0.0) -> float:
+    """How much of the rows is selected. unknown: what counts where data decide; a mask selects at most all."""
     cut = group[0]
     taken = cut.lengths
     if any(isinstance(n, torch.SymInt) and n.node.hint is None for n in taken):
-        return 0.0
+        return unknown
     whole = cut.value.meta["val"].shape[cut.first : cut.first + cut.count]
     return math.prod(map(hint, taken)) / max(math.prod(map(hint, whole)), 1)
 
@@ -158,10 +180,14 @@ def _repeats_work(heads: list[Head]) -> bool:
     return any(share > 1 for share in shares.values())
 
 
-def _repeats_gradients(heads: list[Head]) -> bool:
-    """Whether gradients of weights that several heads share would outweigh the values that are no longer made whole."""
+def _repeats_gradients(heads: list[Head], whole: int = 0) -> bool:
+    """Whether gradients of weights that several heads share would outweigh the values that are no longer made whole.
+
+    whole: how often the heads run on all rows besides.
+    """
     read = Counter(i for _, h in heads for i in {i for n in h for i in n.all_input_nodes})
-    more = sum((times - 1) * nbytes(i) for i, times in read.items() if i.meta.get("held") and i.meta["needs_grad"])
+    weights = [i for i in read if i.meta.get("held") and i.meta["needs_grad"]]
+    more = sum((read[i] - 1 + whole) * nbytes(i) for i in weights)
     return more > sum(nbytes(v) for g, _ in heads for v in _values(g))
 
 

@@ -207,7 +207,6 @@ class _Whole:
             found = self._editor.resolve(whole) if whole is not None else self._nearest_of(source, place)
             if found.meta.get("needs_grad"):
                 cut_off = self._call(aten.detach.default, found)
-                cut_off.meta["needs_grad"] = False
                 found = self._call(aten.where.self, self._mask(found, place), found, cut_off)
             self._read[source, place] = found
         return self._read[source, place]

@@ -34,6 +34,14 @@ def has_order(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in node.target.tags or bool(node.target._schema.is_mutable)
 
 
+def passes_gradients(node: fx.Node) -> bool:
+    """Whether the results of a call get gradients that go on to its inputs."""
+    if node.target is torch.ops.aten.detach.default or not any(i.meta.get("needs_grad") for i in node.all_input_nodes):
+        return False
+    results = [v for v in compat.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+    return any(v.is_floating_point() or v.is_complex() for v in results)
+
+
 def _draws_nothing(node: fx.Node) -> bool:
     """Attention is tagged random, but without dropout it may go when nothing reads it."""
     return node.target is torch.ops.aten.scaled_dot_product_attention.default and not has_order(node)
@@ -106,9 +114,7 @@ class Editor:
         """
         node = add_call(target, args, kwargs or {}, before or like, self._mode, shape)
         node.meta |= {k: like.meta[k] for k in _PROVENANCE if k in like.meta}
-        node.meta["needs_grad"] = any(i.meta.get("needs_grad") for i in node.all_input_nodes) and _is_float(
-            node.meta["val"]
-        )
+        node.meta["needs_grad"] = passes_gradients(node)
         return node
 
     def measure(self, node: fx.Node, shape: Sequence[Any] | None = None) -> None:
@@ -252,7 +258,3 @@ class _Recorded:
         return self._with(operator.floordiv, other, self)
 
     __radd__, __rmul__ = __add__, __mul__
-
-
-def _is_float(value: object) -> bool:
-    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in compat.tree_leaves(value))

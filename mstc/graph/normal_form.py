@@ -23,7 +23,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph import functions
 from mstc.graph.detached import with_own_memory
-from mstc.graph.editor import Editor
+from mstc.graph.editor import Editor, passes_gradients
 from mstc.graph.hooks import fold_hooks
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.masked_rows import read_rows
@@ -38,7 +38,6 @@ aten = torch.ops.aten
 
 _CARRIED = ("grapharg", "tensor_dict", "example_value", "steal_arg", "_fake_tensor")
 _ASSERTS = (aten._assert_tensor_metadata.default,)
-_CUTS_GRADIENT = (aten.detach.default,)
 
 
 class NotNormalError(Exception):
@@ -256,12 +255,7 @@ def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> N
         elif node.op == "call_function":
             if not recording:
                 _detach_inputs(graph, node, detached)
-            node.meta["needs_grad"] = (
-                recording
-                and node.target not in _CUTS_GRADIENT
-                and any(i.meta.get("needs_grad") for i in node.all_input_nodes)
-                and _may_need_grad(node.meta.get("val"))
-            )
+            node.meta["needs_grad"] = recording and passes_gradients(node)
         elif node.op == "get_attr":
             node.meta["needs_grad"] = False
 
@@ -276,8 +270,3 @@ def _detach_inputs(graph: fx.Graph, node: fx.Node, detached: dict[fx.Node, fx.No
             cut.meta = {**source.meta, "needs_grad": False}
             detached[source] = cut
         node.replace_input_with(source, detached[source])
-
-
-def _may_need_grad(value: object) -> bool:
-    leaves = compat.tree_leaves(value)
-    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in leaves)

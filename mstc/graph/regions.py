@@ -97,7 +97,7 @@ def _token_axes(
     """
     products = [n for n in graph.nodes if weights.in_product(n)]
     features = weights.features(axes, products)
-    sequences, length = _sequences(graph, axes, weights)
+    sequences, length = _sequences(graph, axes, weights, position_only(graph))
     tried: set[Axis] = set()
     while True:
         flops: dict[Axis, float] = {}
@@ -114,8 +114,13 @@ def _token_axes(
         yield best, _proofs(graph, axes, best, taken, drawing)
 
 
-def _sequences(graph: fx.Graph, axes: Axes, weights: Weights) -> tuple[set[Axis], dict[Axis, float]]:
-    """Axes whose indices something ties together as attention and scans do; and the length of every axis."""
+def _sequences(
+    graph: fx.Graph, axes: Axes, weights: Weights, outside: Collection[fx.Node]
+) -> tuple[set[Axis], dict[Axis, float]]:
+    """Axes whose indices something ties together as attention and scans do; and the length of every axis.
+
+    outside: what is made of labels and positions alone; an unknown op there (``labels[~mask] = 0``) tells nothing.
+    """
     sequences: set[Axis] = set()
     length: dict[Axis, float] = {}
     for node in graph.nodes:
@@ -125,6 +130,8 @@ def _sequences(graph: fx.Graph, axes: Axes, weights: Weights) -> tuple[set[Axis]
             proof = axes.tokenwise(node, axis)
             if isinstance(proof, Tokenwise):
                 length[axis] = _hint(proof.place.n)
+            elif node in outside and axes.flow(node) is None:
+                continue
             elif _mixes_like_a_sequence(node, axis, axes, weights):
                 sequences.add(axis)
     return sequences, length

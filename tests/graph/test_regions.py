@@ -81,6 +81,20 @@ def test_the_sequence_is_cut_not_the_batch() -> None:
     assert {r.n for r in regions} == {7}
 
 
+def test_an_unknown_op_on_labels_makes_no_sequence() -> None:
+    """``labels[~mask] = 0`` knows batch and tokens alike; heads of texts without their last token are cut by token."""
+
+    def fn(x: Tensor, labels: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        y = attended(x, up, down)[:, :-1]
+        ignored = labels[:, 1:] == 3
+        labels = labels[:, 1:].index_put((ignored,), torch.zeros((), dtype=torch.int64))
+        scores = F.linear(F.linear(y, up), down).gather(-1, labels[..., None])
+        return (scores * ~ignored[..., None]).sum()
+
+    labels = torch.arange(21).view(3, 7) % 4
+    assert {r.n for r in regions_of(fn, randn(3, 7, 4), labels, UP, DOWN)[2]} == {7, 6}
+
+
 def test_a_batch_is_cut_where_there_is_no_sequence() -> None:
     (region,) = regions_of(mlp, randn(9, 4), UP, DOWN)[2]
     assert region.n == 9

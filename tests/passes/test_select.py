@@ -89,6 +89,18 @@ BY_MASK: dict[str, Loss] = {
     "losses of tokens under a mask": lambda x, y: each(x, y)[MASK].mean(),
 }
 
+LAST = torch.tensor([22, 10])  # of each sequence
+# A few tokens beside all of them, or beside a slice that holds them: they are computed twice.
+FEW_BESIDE: dict[str, Loss] = {
+    "the last token": lambda x, y: ce(x, y) + x[:, -1].square().mean(),
+    "the last token, after a shift": lambda x, y: ce(x[:, :-1], y[:, 1:]) + 0.1 * ce(x[:, -1], y[:, 0]),
+    "two tokens and a shift": lambda x, y: ce(x[:, :-1], y[:, 1:]) + ce(x[:, -1], y[:, 0]) + ce(x[:, -2], y[:, 1]),
+    "one token of each sequence": lambda x, y: ce(x, y) + ce(x[ROWS, LAST], y[:, 0]),
+    "two classes of one token": lambda x, y: ce(x, y) + F.cross_entropy(x[ROWS, LAST][:, [3, 9]], y[:, 0] % 2),
+    "detached": lambda x, y: ce(x, y) * (1 + x.detach()[:, -1].amax()),
+    "overlapping slices": lambda x, y: ce(x[:, :-1], y[:, 1:]) + ce(x[:, 1:], y[:, :-1]) + x[:, -1].square().mean(),
+}
+
 
 def run(loss: Loss, lower: str = "eager") -> Comparison:
     model = Tiny(classes=CLASSES)
@@ -133,16 +145,44 @@ def test_one_token_of_each_sequence() -> None:
     "loss",
     [
         lambda x, y: ce(x[:, FEW], y[:, FEW]) + x.logsumexp(-1).square().mean(),
-        lambda x, y: ce(x, y) + x[:, -1].square().mean(),
+        lambda x, y: ce(x, y) + x[:, -1].square().mean() + x.cumsum(1).square().mean(),
         lambda x, y: ce(x[:, :-1], y[:, 1:]) + ce(x[:, 1:], y[:, :-1]),
         lambda x, y: ce(x[:, torch.arange(60) % LENGTH], y[:, torch.arange(60) % LENGTH]),
     ],
-    ids=["read whole too", "the last token", "overlapping", "more than all"],
+    ids=["read whole too", "the last token of whole logits", "overlapping", "more than all"],
 )
 def test_what_would_not_pay_stays(loss: Loss) -> None:
     result = run(loss)
     result.check()
     assert any(r.pass_name == "select" for report in result.reports for r in report.refusals), result.describe()
+
+
+@pytest.mark.parametrize("name", FEW_BESIDE)
+def test_a_few_tokens_beside_all(name: str) -> None:
+    result = run(FEW_BESIDE[name], "aot_eager")
+    result.check()
+    (graph,) = result.graphs
+    assert any(str(n.target).startswith("mstc.loss_loop") for n in loops_of(graph)), result.describe()
+    made = [n.meta["val"] for n in graph.graph.nodes if n.op == "call_function"]
+    wide = [v.shape for v in made if isinstance(v, Tensor) and v.is_floating_point() and v.shape[-1:] == (CLASSES,)]
+    assert wide and all(shape.numel() <= BATCH * CLASSES for shape in wide), wide
+
+
+def test_halves_without_gradients_behind_a_shift() -> None:
+    """DPO's reference: what is detached stays so where its head is copied."""
+
+    def of_sequences(logits: Tensor, labels: Tensor) -> Tensor:
+        return written(logits[:, :-1], labels[:, 1:]).sum(-1)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = of_sequences(x.flip(0), y).chunk(2)
+        ours = of_sequences(x, y).chunk(2)
+        return -F.logsigmoid((ours[0] - ours[1]) - (reference[0] - reference[1])).mean()
+
+    result = run(loss, "aot_eager")
+    result.check()
+    assert result.loops > 2 and any(e.pass_name == "select" for r in result.reports for e in r.edits)
 
 
 def test_positions_out_of_range_raise() -> None:

@@ -42,6 +42,9 @@ NARROW = 4
 # How much more than all rows a product may run on, so that logits need not be made whole.
 REPEATED = 1 / 8
 
+# Tracing these asks whether there is anything to reduce, which a length that data decide does not tell.
+_ASK_FOR_ROWS = (aten.logsumexp.default,)
+
 Head = tuple[list[Selection], set[fx.Node]]  # equal selections, and what leads to nothing else
 Places = tuple[Place, ...]  # of each axis that the rows are made of, in a value; none where it holds no rows
 
@@ -164,11 +167,14 @@ def _read(region: Region, head: Collection[fx.Node]) -> int:
 def _share(group: list[Selection], unknown: float = 0.0) -> float:
     """How much of the rows is selected. unknown: what counts where data decide; a mask selects at most all."""
     cut = group[0]
-    taken = cut.lengths
-    if any(isinstance(n, torch.SymInt) and n.node.hint is None for n in taken):
+    if _decided_by_data(cut):
         return unknown
     whole = cut.value.meta["val"].shape[cut.first : cut.first + cut.count]
-    return math.prod(map(hint, taken)) / max(math.prod(map(hint, whole)), 1)
+    return math.prod(map(hint, cut.lengths)) / max(math.prod(map(hint, whole)), 1)
+
+
+def _decided_by_data(cut: Selection) -> bool:
+    return any(isinstance(n, torch.SymInt) and n.node.hint is None for n in cut.lengths)
 
 
 def _repeats_work(heads: list[Head]) -> bool:
@@ -194,6 +200,9 @@ def _repeats_gradients(heads: list[Head], whole: int = 0) -> bool:
 def _site(axes: Axes, group: list[Selection], head: Collection[fx.Node]) -> SelectSite | Refusal:
     cut, rows = group[0], row_axes(axes, group[0])
     assert rows is not None
+    asking = next((n for n in head if n.target in _ASK_FOR_ROWS), None)
+    if asking is not None and _decided_by_data(cut):
+        return refuse("select", cut.node, f"{asking.name} cannot be traced for as many tokens as data decide")
     nodes: dict[fx.Node, Places] = {}
     reads: dict[fx.Node, tuple[Places, ...]] = {}
     for node in (n for n in cut.node.graph.nodes if n in head):

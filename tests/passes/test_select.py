@@ -130,6 +130,32 @@ def test_masks(name: str) -> None:
         check_chunked(run(BY_MASK[name], "aot_eager"))
 
 
+def test_a_mask_makes_no_sequence_of_the_batch() -> None:
+    """It flattens texts and tokens alike, but ties none of them to another: a wide head is cut by tokens."""
+    model = Tiny(classes=97)
+    x, labels = inputs(BATCH, LENGTH)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)[:, :-1]
+        return (logits.logsumexp(-1) - logits.gather(-1, y[:, 1:, None])[..., 0])[MASK[:, 1:]].mean()
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        result = compare(loss, dict(model.named_parameters()), (x, labels), chunked(7, 5, "aot_eager"))
+    result.check()
+    assert result.loops == 3, result.describe()  # along the batch all of it is one
+
+
+def test_a_mask_before_ops_that_ask_for_rows() -> None:
+    """PyTorch traces no ``logsumexp`` of a length that data decide: refused, and right."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        result = run(
+            lambda x, y: x.softmax(-1)[MASK].square().sum() + (x - x.logsumexp(-1, True))[MASK].mean(), "aot_eager"
+        )
+    result.check()
+    reasons = [r.reason for report in result.reports for r in report.refusals]
+    assert any("as many tokens as data decide" in r for r in reasons), result.describe()
+
+
 def test_one_token_of_each_sequence() -> None:
     """What is left is too short for chunks; nothing is made for the other tokens."""
     last = torch.tensor([3, -5])

@@ -48,21 +48,29 @@ def index_select(call: Call) -> Flow | None:
 
 
 def index(call: Call) -> Flow | None:
-    """x[i, j, :] with index tensors at adjacent dimensions from the front, broadcast together."""
+    """x[i, j, :] with index tensors at adjacent dimensions, broadcast together, or x[:, mask]."""
     given = call.arg("indices")
     used = [i for i, g in enumerate(given) if g is not None]
     if not used or used != list(range(used[0], used[-1] + 1)):
         return None
     indices = [g for g in given if isinstance(g, fx.Node)]
-    if any(g.meta["val"].dtype in (torch.bool, torch.uint8) for g in indices):
-        return None
     first, count = used[0], len(used)
+    if any(g.meta["val"].dtype in (torch.bool, torch.uint8) for g in indices):
+        return _masked(call, first, indices[0].meta["val"].dim()) if count == 1 else None
     rank = max(g.meta["val"].dim() for g in indices)
     source: Map = tuple(
         d if d < first else MIXED if d < first + count else d - count + rank for d in range(len(call.shape(0)))
     )
     ranks = [g.meta["val"].dim() for g in indices]
     return call.flow(source, *(tuple(range(first + rank - r, first + rank)) for r in ranks))
+
+
+def _masked(call: Call, first: int, count: int) -> Flow:
+    """A mask of ``count`` dimensions: what it selects of them stands in one."""
+    source: Map = tuple(
+        d if d < first else MIXED if d < first + count else d - count + 1 for d in range(len(call.shape(0)))
+    )
+    return call.flow(source, (MIXED,) * count)
 
 
 def one_hot(call: Call) -> Flow | None:

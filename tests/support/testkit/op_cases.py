@@ -382,6 +382,10 @@ def _index_select(p: Pick) -> Args:
 
 def _index(p: Pick) -> Args:
     shape, rank = p.shape(), p.shape(0, 2)
+    if p.flag():
+        first = p.one(*range(len(shape)))
+        masked = shape[first : first + p.one(1, 2)]
+        return p.tensor(shape), [None] * first + [p.indices(masked, 2).bool()]
     given = [p.indices(p.smaller(rank), n) if p.flag() else None for n in shape]
     if not any(g is not None for g in given):
         given[0] = p.indices(rank, shape[0])

@@ -146,6 +146,7 @@ def apply_loop(editor: Editor, site: LoopSite, ctx: Context) -> Program:
         for new in (call, *(n for _, n in pairs)):
             editor.keep(new)
     if site.mixer:
+        call.meta["mixes_at"] = region.tokens[0][1]
         ctx.facts.setdefault("mixers", {})[call] = program.label
     ctx.keys[call.name] = loop_key(site.region)
     if site.recompute:

@@ -91,13 +91,14 @@ def _token_axes(
 ) -> Iterator[tuple[Axis, dict[fx.Node, Tokenwise]]]:
     """Axes to cut, best first, with the nodes not ``taken`` that are tokenwise along each.
 
-    Axes that stand in a weight are features. Where attention, a scan or an unknown op mixes an axis, it is a
-    sequence, and goes before a batch, which nothing mixes. Among equals the axis with the most FLOPs
-    in products with weights comes first; where several have nearly the most, the longest.
+    Axes that stand in a weight are features. Where attention or a scan mixes an axis, it is a sequence, and
+    goes before a batch, which nothing mixes. An unknown op (a loop that an earlier pass made, too) may mix any
+    axis of what it reads: those stand between. Among equals the axis with the most FLOPs in products with weights
+    comes first; where several have nearly the most, the longest.
     """
     products = [n for n in graph.nodes if weights.in_product(n)]
     features = weights.features(axes, products)
-    sequences, length = _sequences(graph, axes, weights, position_only(graph))
+    sequences, perhaps, length = _sequences(graph, axes, weights, position_only(graph))
     tried: set[Axis] = set()
     while True:
         flops: dict[Axis, float] = {}
@@ -105,7 +106,7 @@ def _token_axes(
             for axis in axes.of(node) - features - tried if node not in taken else ():
                 if isinstance(axes.tokenwise(node, axis), Tokenwise):
                     flops[axis] = flops.get(axis, 0.0) + matmul_flops(node)
-        pool = [a for a in flops if a in sequences] or list(flops)
+        pool = [a for a in flops if a in sequences] or [a for a in flops if a in perhaps] or list(flops)
         if not pool:
             return
         most = max(flops[a] for a in pool)
@@ -116,12 +117,13 @@ def _token_axes(
 
 def _sequences(
     graph: fx.Graph, axes: Axes, weights: Weights, outside: Collection[fx.Node]
-) -> tuple[set[Axis], dict[Axis, float]]:
-    """Axes whose indices something ties together as attention and scans do; and the length of every axis.
+) -> tuple[set[Axis], set[Axis], dict[Axis, float]]:
+    """Axes whose indices something ties together as attention and scans do; those that an unknown op reads; the
+    length of every axis.
 
     outside: what is made of labels and positions alone; an unknown op there (``labels[~mask] = 0``) tells nothing.
     """
-    sequences: set[Axis] = set()
+    sequences, perhaps = set[Axis](), set[Axis]()
     length: dict[Axis, float] = {}
     for node in graph.nodes:
         if node.op != "call_function":
@@ -134,7 +136,9 @@ def _sequences(
                 continue
             elif _mixes_like_a_sequence(node, axis, axes, weights):
                 sequences.add(axis)
-    return sequences, length
+            elif axes.flow(node) is None:
+                perhaps.add(axis)
+    return sequences, perhaps, length
 
 
 def _proofs(graph: fx.Graph, axes: Axes, axis: Axis, excluded: set[fx.Node], drawing: bool) -> dict[fx.Node, Tokenwise]:
@@ -287,10 +291,10 @@ def _may_enter(node: fx.Node) -> bool:
 
 def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes, weights: Weights) -> bool:
     """Whether the node ties indices of the axis together as attention and scans do, not as norms and weights do."""
-    if node.target is aten.scaled_dot_product_attention.default or axes.flow(node) is None:
+    if node.target in (aten.scaled_dot_product_attention.default, *_SCANS):
         return True
-    if node.target in _SCANS:
-        return True
+    if "mixes_at" in node.meta:  # a loop that stands for attention: where its first operand is cut
+        return node.meta["mixes_at"] in axes.places(node.args[0][0], axis)  # type: ignore[index, arg-type]
     if len(axes.places(node, axis)) > 1:
         return True
     return is_heavy(node) and weights.in_product(node) is None

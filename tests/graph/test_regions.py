@@ -95,6 +95,16 @@ def test_an_unknown_op_on_labels_makes_no_sequence() -> None:
     assert {r.n for r in regions_of(fn, randn(3, 7, 4), labels, UP, DOWN)[2]} == {7, 6}
 
 
+def test_an_unknown_op_does_not_make_a_batch_a_sequence() -> None:
+    """It may mix whatever it reads; attention beside it tells what the sequence is, even where the batch is longer."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.linalg.matrix_exp(attended(x, up, down)[..., :4, :4])
+
+    _, _, regions = regions_of(fn, randn(9, 7, 4), UP, DOWN)
+    assert {r.n for r in regions} == {7}
+
+
 def test_a_batch_is_cut_where_there_is_no_sequence() -> None:
     (region,) = regions_of(mlp, randn(9, 4), UP, DOWN)[2]
     assert region.n == 9

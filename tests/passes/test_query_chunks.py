@@ -33,6 +33,8 @@ from testkit.attention import (
 )
 from testkit.capture import normal_graph
 from testkit.exactness import compare, gradient_errors, gradients_of, lowered_graphs
+from testkit.hf_models import causal as causal_model
+from testkit.hf_models import tokens
 
 LOWEST = torch.finfo(torch.float64).min
 Loss = Callable[..., Tensor]
@@ -353,9 +355,9 @@ def test_dropout_of_the_weights_through_inductor_keeps_nothing_square() -> None:
     leaves = qkv()
     inputs = list(leaves.values())
     results = []
-    for seed, tokens in ((5, 7), (5, 11), (6, 7)):
+    for seed, length in ((5, 7), (5, 11), (6, 7)):
         torch._dynamo.reset()
-        compiled = torch.compile(nano_gpt_dropped, backend="mstc", options=options(tokens, lower="inductor"))
+        compiled = torch.compile(nano_gpt_dropped, backend="mstc", options=options(length, lower="inductor"))
         torch.manual_seed(seed)
         with lowered_graphs() as graphs:
             results.append(gradients_of(compiled, leaves, inputs))
@@ -432,3 +434,13 @@ def test_linear_attention_is_no_attention_by_scores() -> None:
         return F.softmax(q, -1) @ (F.softmax(k, -2).mT @ v)
 
     assert not list(find_written(normal_graph(linear, *qkv().values())))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_trunk_is_cut_along_its_tokens_beside_other_loops(kind: str) -> None:
+    """The loops of a head and of written-out attention (gemma2) say nothing of the batch, though it is longer."""
+    model, ids = causal_model(kind), tokens(9, 7)
+    size = {"chunk_tokens": 3}
+    given = {"lower": "eager", "lm_head": size, "mini_sequence": size, "query_chunks": size}
+    report = mstc.explain(lambda: model(input_ids=ids, labels=ids).loss, options=given)
+    assert len(report.regions) >= 5 and {r.tokens for r in report.regions} == {"7"}

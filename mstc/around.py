@@ -27,10 +27,10 @@ FLOPS_PER_BYTE = 10_000
 PART_OF_HELD = 1 / 4
 
 
-def runs_op_by_op(gm: fx.GraphModule, options: Options, mode: str | None = None) -> bool:
-    """Whether the rewritten graph is not handed to Inductor, though its loops' bodies are; a ``mode`` is for all."""
+def lowered_around(gm: fx.GraphModule, options: Options, mode: str | None = None) -> str:
+    """What runs the rewritten graph where its loops' compiler does not, else ""; a ``mode`` is for all."""
     chosen = options.lower == "inductor" and mode in (None, "default") and not offloads_of(gm)
-    return chosen and nothing_to_fuse(gm)
+    return "aot_eager" if chosen and nothing_to_fuse(gm) else ""
 
 
 def nothing_to_fuse(gm: fx.GraphModule) -> bool:

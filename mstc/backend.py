@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.around import runs_op_by_op
+from mstc.around import lowered_around
 from mstc.assume import guarded, marked_inputs, marking, offered_buffers
 from mstc.compat import autocast, building
 from mstc.dump.environment import versions
@@ -96,7 +96,7 @@ def _rewritten(
         run(form.gm, ctx, report, watchers)
         observer.rewritten(form.gm)
         settings = mode_settings(mode, report if has_loops(form.gm) else None)
-        report.around = "aot_eager" if runs_op_by_op(form.gm, options, mode) else ""
+        report.around = lowered_around(form.gm, options, mode)
         compiled = lower(form.gm, inputs, report.around or options.lower, settings)
     if copying is not None:
         compiled = verifying(compiled, copying.copies, list(ctx.facts.get("dropped", {}).values()))

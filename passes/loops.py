@@ -168,12 +168,9 @@ def _blocks(region: Region) -> set[int]:
 
 def _cut_off(editor: Editor, inputs: Sequence[fx.Node], needs: Sequence[bool], like: fx.Node) -> list[fx.Node]:
     """The inputs; those that get no gradient of the loop detached, so that no backward is asked for what made them."""
-
-    def cut(node: fx.Node) -> fx.Node:
-        return editor.call(torch.ops.aten.detach.default, (node,), like=like)
-
+    detach = torch.ops.aten.detach.default
     pairs = zip(inputs, needs, strict=True)
-    return [n if need or not n.meta.get("needs_grad") else cut(n) for n, need in pairs]
+    return [n if need or not n.meta.get("needs_grad") else editor.call(detach, (n,), like=like) for n, need in pairs]
 
 
 def _result(editor: Editor, call: fx.Node, index: int, old: fx.Node) -> fx.Node:

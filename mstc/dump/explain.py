@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.around import runs_op_by_op
+from mstc.around import lowered_around
 from mstc.compat import autocast
 from mstc.dump.environment import command_line, versions
 from mstc.dump.files import Drawn
@@ -81,7 +81,7 @@ def _explain_graph(captured: compat.Captured, options: Options, report: Report) 
     ctx = Context(options, form.training, compile_body=_not_compiled, explained=True)
     with autocast.off_at_run_time():
         run(form.gm, ctx, report, [recording])
-    report.around = "aot_eager" if runs_op_by_op(form.gm, options) else ""
+    report.around = lowered_around(form.gm, options)
     return recording.finish(form.gm, report)
 
 

@@ -79,6 +79,18 @@ def registered(function: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
     return key
 
 
+def put(graph: fx.Graph, key: str, tensors: Sequence[fx.Node], results: Sequence[fx.Node]) -> list[fx.Node]:
+    """The op at the end of a graph, and its results, which tell what the nodes tell in whose place they stand."""
+    op = graph.call_function(torch.ops.mstc.function.default, (list(tensors), key))
+    found = []
+    for i, old in enumerate(results):
+        op.meta.update({k: v for k, v in old.meta.items() if k in ("stack_trace", "nn_module_stack")})
+        new = graph.call_function(operator.getitem, (op, i))
+        new.meta.update(old.meta)
+        found.append(new)
+    return found
+
+
 def call(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **settings: Any) -> Any:
     """What stands for the call while the graph is traced: the op, its results as the call returns them."""
     places = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
@@ -151,12 +163,7 @@ def _fold(graph: fx.Graph, stretch: Sequence[fx.Node], made: dict[fx.Node, fx.No
     body.output([own[n] for n in results])
     run = fx.GraphModule(torch.nn.Module(), body)
     key = registered(lambda tensors: list(run(*tensors)), body)
-    op = graph.call_function(torch.ops.mstc.function.default, ([made[n] for n in read], key))
-    for i, node in enumerate(results):
-        made[node] = graph.call_function(operator.getitem, (op, i))
-        for new in (op, made[node]):
-            new.meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
-        made[node].meta.update(node.meta)
+    made.update(zip(results, put(graph, key, [made[n] for n in read], results), strict=True))
 
 
 def _outputs(forward: fx.GraphModule) -> list[Any]:

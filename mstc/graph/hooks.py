@@ -12,7 +12,6 @@ hook that does nothing (a check that is settled while tracing) is left out, so t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,9 +138,5 @@ def _fold(
     target: Any = group[0].target
     read = [made[n] for n in (x, *_values(group))]
     key = functions.registered(_Hooks(target, bodies, given), *(b.code for b in bodies), given)
-    op = graph.call_function(torch.ops.mstc.function.default, (read, key))
-    result = graph.call_function(operator.getitem, (op, 0))
-    for new in (op, result):
-        new.meta.update({k: v for k, v in group[0].meta.items() if k in ("stack_trace", "nn_module_stack")})
-    result.meta.update(group[0].meta)
+    (result,) = functions.put(graph, key, read, group[:1])
     return result

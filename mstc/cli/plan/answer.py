@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 from mstc.cli.plan.draft import Planned, plan_for
@@ -143,11 +144,11 @@ def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
 
 
 def _peer(system: str, target: Target, setting: Setting, seq: int | None) -> Row:
-    peer, budget = Peer(system, target.config, setting), setting.device.usable()
-    longest = longest_of(lambda n: peer.usage(n).peak, budget)
-    in_blocks = longest_in_blocks(lambda n: peer.usage(n).fits_in_blocks(budget), longest)
+    usage_of, budget = cache(Peer(system, target.config, setting).usage), setting.device.usable()
+    longest = longest_of(lambda n: usage_of(n).peak, budget)
+    in_blocks = longest_in_blocks(lambda n: usage_of(n).fits_in_blocks(budget), longest)
     tokens = seq or longest
-    usage = peer.usage(tokens) if tokens else None
+    usage = usage_of(tokens) if tokens else None
     if usage is None or usage.peak > budget:
         return Row(SYSTEMS[system], longest, tokens, None, None, in_blocks)
     return Row(SYSTEMS[system], longest, tokens, usage.peak, usage.seconds, in_blocks)

@@ -56,21 +56,19 @@ def index(call: Call) -> Flow | None:
     indices = [g for g in given if isinstance(g, fx.Node)]
     first, count = used[0], len(used)
     if any(g.meta["val"].dtype in (torch.bool, torch.uint8) for g in indices):
-        return _masked(call, first, indices[0].meta["val"].dim()) if count == 1 else None
+        masked = indices[0].meta["val"].dim()  # what a mask selects of its dimensions stands in one
+        return call.flow(_indexed(call, first, masked, 1), (MIXED,) * masked) if count == 1 else None
     rank = max(g.meta["val"].dim() for g in indices)
-    source: Map = tuple(
-        d if d < first else MIXED if d < first + count else d - count + rank for d in range(len(call.shape(0)))
-    )
+    source = _indexed(call, first, count, rank)
     ranks = [g.meta["val"].dim() for g in indices]
     return call.flow(source, *(tuple(range(first + rank - r, first + rank)) for r in ranks))
 
 
-def _masked(call: Call, first: int, count: int) -> Flow:
-    """A mask of ``count`` dimensions: what it selects of them stands in one."""
-    source: Map = tuple(
-        d if d < first else MIXED if d < first + count else d - count + 1 for d in range(len(call.shape(0)))
+def _indexed(call: Call, first: int, count: int, rank: int) -> Map:
+    """Where x goes when ``count`` of its dimensions, from ``first`` on, become ``rank`` others."""
+    return tuple(
+        d if d < first else MIXED if d < first + count else d - count + rank for d in range(len(call.shape(0)))
     )
-    return call.flow(source, (MIXED,) * count)
 
 
 def one_hot(call: Call) -> Flow | None:

@@ -15,14 +15,13 @@ import torch.fx as fx
 from mstc.graph.describe import region_info
 from mstc.graph.editor import Editor
 from mstc.graph.regions import Region
-from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import Recipe, build
 from mstc.ops.loop import LOOP, LOSS_LOOP, is_loop
 from mstc.ops.program import Program
 from mstc.passes.base import Context
 from mstc.passes.seeds import find_seeds, write_seeds
 from mstc.plan.calls import Saving
-from mstc.plan.chunks import Chunks, choose, drafted
+from mstc.plan.chunks import Chunks, choose, drafted, planned
 from mstc.plan.saves import Levels, levels_of, saving
 from mstc.plan.words import counted
 
@@ -53,12 +52,10 @@ def loop_key(region: Region) -> str:
 
 def chunks_of(region: Region, asked: int | str, ctx: Context) -> Chunks | None:
     """The plan's number of chunks, a draft's, or None where neither decides."""
-    if dynamic_lengths(region):
-        return None
     if ctx.planning:
         return choose(region, asked) if isinstance(asked, int) else drafted(region)
     chosen = ctx.chosen.get(loop_key(region))
-    return None if chosen is None else Chunks(chosen.chunks, "as planned under the memory budget")
+    return None if chosen is None else planned(region, chosen.chunks)
 
 
 def has_loops(gm: fx.GraphModule) -> bool:
@@ -107,7 +104,7 @@ def savings_of(site: LoopSite, ctx: Context, known: dict[str, Levels]) -> list[S
 
     known: what was found for other sites, by the keys of their programs: identical regions save alike.
     """
-    if site.loss or site.recompute or not ctx.training or dynamic_lengths(site.region):
+    if site.loss or site.recompute or not ctx.training:
         return []
     recipe = recipe_of(site, ctx)
     key = build(site.region, recipe, ctx.compile_body).key
@@ -116,7 +113,7 @@ def savings_of(site: LoopSite, ctx: Context, known: dict[str, Levels]) -> list[S
     found = []
     for level in known[key]:
         values = [site.region.nodes[i] for i in level]
-        program = build(*saving(site.region, recipe, values), ctx.compile_body)
+        program = build(*saving(site.region, recipe, values), ctx.compile_body).example()
         found.append(Saving(tuple(v.name for v in values), program))
     return found
 

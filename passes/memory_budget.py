@@ -7,16 +7,19 @@ that follow (`lm_head`, `mini_sequence`, `recompute`) read the choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from mstc import compat
 from mstc.errors import PlanError
 from mstc.graph.copies import copy_of
+from mstc.graph.costs import hint, is_seen
 from mstc.graph.editor import Editor
+from mstc.graph.sizes import size
 from mstc.options import Budget
 from mstc.passes.base import Chosen, Context, Pass, refuse
 from mstc.passes.checkpoints import CHECKPOINTS
@@ -44,10 +47,11 @@ _LEVERS = {
 
 @dataclass(frozen=True)
 class BudgetSite:
-    """The plan, by the keys of the calls, and what is expected of it."""
+    """The plan, by the keys of the calls, and what is expected of it; lengths: dynamic ones, planned as captured."""
 
     chosen: dict[str, Chosen]
     lines: tuple[str, ...]
+    lengths: tuple[torch.SymInt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,21 +68,34 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[BudgetSite | Refusal]:
     budget = ctx.options.memory_budget
     if budget is None or ctx.planning:
         return
-    symbol = next(
-        (n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)), None
-    )
-    if symbol is not None:
-        reason = "the length is dynamic (a symbol), and plans for dynamic lengths are not built yet"
-        yield refuse("memory_budget", symbol, reason, "compile with dynamic=False")
+    unknown = next((n for n in gm.graph.nodes if not all(map(is_seen, _shape(n)))), None)
+    if unknown is not None:
+        reason = "only a run tells how long it is, so no plan can tell its bytes"
+        yield refuse("memory_budget", unknown, reason, "compute on all tokens and weigh those left out by zero")
         return
     draft = draft_of(gm, ctx)
     stages = stages_of(draft.step, draft.device, draft.dtype, levers_of(ctx))
-    yield _site(draft, stages, within(draft, stages, budget, levers_of(ctx)), budget)
+    site = _site(draft, stages, within(draft, stages, budget, levers_of(ctx)), budget)
+    yield replace(site, lengths=_lengths(gm))
 
 
 def apply(editor: Editor, site: BudgetSite, ctx: Context) -> None:
     ctx.chosen.update(site.chosen)
     ctx.plan.extend(site.lines)
+    for length in site.lengths:
+        compat.guard_at_most(length, hint(length))
+        ctx.plan.append(f"planned for {length} up to {hint(length)}: a longer one is planned anew")
+
+
+def _shape(node: fx.Node) -> Sequence[int | torch.SymInt]:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, torch.Tensor) else ()
+
+
+def _lengths(gm: fx.GraphModule) -> tuple[torch.SymInt, ...]:
+    """The dynamic lengths of the graph's inputs; a number that is the length of none costs no bytes."""
+    sizes = [s for n in gm.graph.find_nodes(op="placeholder") for s in _shape(n) if isinstance(s, torch.SymInt)]
+    return tuple({size(s): s for s in sizes}.values())
 
 
 def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> Draft:

@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis, Tokenwise
-from mstc.graph.costs import hint, is_heavy, nbytes
+from mstc.graph.costs import hint, is_heavy, is_seen, nbytes
 from mstc.graph.editor import Editor
 from mstc.graph.places import Place
 from mstc.graph.reach import ancestors
@@ -174,7 +174,7 @@ def _share(group: list[Selection], unknown: float = 0.0) -> float:
 
 
 def _decided_by_data(cut: Selection) -> bool:
-    return any(isinstance(n, torch.SymInt) and n.node.hint is None for n in cut.lengths)
+    return not all(map(is_seen, cut.lengths))
 
 
 def _repeats_work(heads: list[Head]) -> bool:

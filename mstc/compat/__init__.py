@@ -44,7 +44,7 @@ from mstc.compat.logs import compile_name, trace_artifact, tracing_to_file
 from mstc.compat.lowering import lower_with, partitioning_by
 from mstc.compat.memory import allocating_by, references
 from mstc.compat.ops import HigherOrderOperator, OpOverload, TorchDispatchMode, get_decompositions, tree_leaves
-from mstc.compat.symbols import example_of, keeps_guards, symbolic_lengths, unbound_lengths
+from mstc.compat.symbols import example_of, guard_at_most, keeps_guards, symbolic_lengths, unbound_lengths
 from mstc.compat.tracing import Traced, trace_flat, trace_functional
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "fake_mode_of",
     "fake_mode_of_values",
     "get_decompositions",
+    "guard_at_most",
     "input_kind",
     "input_name",
     "is_buffer",

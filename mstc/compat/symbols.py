@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mstc.compat.fakes import FakeTensorMode
 
-__all__ = ["example_of", "keeps_guards", "symbolic_lengths", "unbound_lengths"]
+__all__ = ["example_of", "guard_at_most", "keeps_guards", "symbolic_lengths", "unbound_lengths"]
 
 
 def example_of(size: torch.SymInt, symbol: sympy.Symbol) -> int | None:
@@ -25,6 +25,14 @@ def example_of(size: torch.SymInt, symbol: sympy.Symbol) -> int | None:
     known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # the name before torch 2.13
     value = known.get(symbol)
     return None if value is None else int(value)
+
+
+def guard_at_most(size: torch.SymInt, most: int) -> None:
+    """The captured graph serves calls where the size is no more than that; another call is captured anew.
+
+    Dynamo reads the guards of a graph after its backend has compiled it.
+    """
+    assert bool(size <= most), f"a size of {size} is more than {most} in the call that was captured"
 
 
 def symbolic_lengths(examples: Mapping[str, int]) -> tuple[FakeTensorMode, list[torch.SymInt]]:

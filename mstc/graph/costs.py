@@ -69,11 +69,15 @@ def attention_flops(node: fx.Node) -> float:
     return 2.0 * hint(keys.meta["val"].shape[-2]) * (numel(query) + numel(node))
 
 
+def is_seen(size: object) -> bool:
+    """Whether a size had a value in the call that was captured; else only a run tells."""
+    return not isinstance(size, torch.SymInt) or size.node.hint is not None
+
+
 def hint(size: object) -> int:
     """A number for a size: itself, or the example that a symbolic size was traced with."""
     if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return int(known) if known is not None else UNKNOWN_LENGTH
+        return int(size.node.hint) if is_seen(size) else UNKNOWN_LENGTH
     return int(size)  # type: ignore[call-overload, no-any-return]
 
 

@@ -71,16 +71,15 @@ def build(region: Region, recipe: Recipe, compiler: Compiler) -> Program:
 def joint_of(region: Region, recipe: Recipe) -> Joint | None:
     """A region's body for its longest chunk with its vector-Jacobian product; None where nothing is differentiable."""
     builder = _Builder(region, recipe, _never)
-    at = _Lengths.of({LENGTH: builder.static_lengths()[0]})
+    at = builder.example()
     return builder.joint(forward_body(region, at.values), at)[-1]
 
 
 def costs_of(region: Region, recipe: Recipe) -> BodyCosts:
     """What a chunk of the longest length will cost: traced, not compiled."""
     builder = _Builder(region, recipe, _never)
-    length = builder.static_lengths()[0]
-    at = _Lengths.of({LENGTH: length})
-    return builder.trace(forward_body(region, at.values), at).costs(length, recipe.fused)
+    at = builder.example()
+    return builder.costs(forward_body(region, at.values), at)
 
 
 def _never(gm: fx.GraphModule, inputs: Sequence[Any]) -> Body:
@@ -195,6 +194,16 @@ class _Builder:
         chunks = balanced(int(self.region.n), self.recipe.count)
         return sorted({length for _, length in chunks}, reverse=True)
 
+    def example(self) -> _Lengths:
+        """The longest chunk of the call that was captured."""
+        if not dynamic_lengths(self.region):
+            return _Lengths.of({LENGTH: self.static_lengths()[0]})
+        return _Lengths.of({**examples_of(self.region), LENGTH: max(self.recipe.longest, 2)})
+
+    def costs(self, body: fx.GraphModule, at: _Lengths) -> BodyCosts:
+        """What a chunk costs: traced, not compiled."""
+        return self.trace(body, at).costs(at.values[LENGTH], self.recipe.fused)
+
     def static(self, key: str) -> Program:
         """One body for each chunk length."""
         made = {}
@@ -214,7 +223,8 @@ class _Builder:
     def dynamic(self, key: str, lengths: tuple[sympy.Symbol, ...]) -> Program:
         """One symbolic body, which takes the lengths as inputs."""
         names = (*lengths, LENGTH)
-        examples = {**examples_of(self.region), LENGTH: max(self.recipe.longest, 2)}
+        example = self.example()
+        examples = example.values
         mode, symints = compat.symbolic_lengths({str(s): examples[s] for s in names})
         body = forward_body(self.region, None)
         made = self._compile(body, _Lengths(mode, dict(zip(names, symints, strict=True)), symints))
@@ -224,9 +234,7 @@ class _Builder:
             return own.forward, _as_laid_out(own, made.traced.backward)
 
         def measure() -> BodyCosts:
-            values = {s: examples[s] for s in names}
-            own = self.trace(with_lengths(body, [*values.values()]), _Lengths.of(values))
-            return own.costs(examples[LENGTH], self.recipe.fused)
+            return self.costs(with_lengths(body, [examples[s] for s in names]), example)
 
         bodies = DynamicBodies(made.forward, made.backward, partial(compat.keeps_guards, symints), special)
         program = self._program(key, made.traced.backward, {}, {})

@@ -101,7 +101,7 @@ def choose(region: Region, chunk_tokens: int | str) -> Chunks:
 def may_hold_several(region: Region) -> bool:
     """Whether a chunk may hold several values of the widest size at once: scores of a teacher, say, beside the own."""
     products = [nbytes(n) for n in region.nodes if is_heavy(n)]
-    return sum(2 * size > max(products) for size in products) > 1 and not dynamic_lengths(region)
+    return sum(2 * size > max(products) for size in products) > 1
 
 
 def cut_further(chunks: Chunks, region: Region, several: float) -> Chunks:
@@ -178,7 +178,16 @@ def _tokens_per_chunk(tokens: int, widest: int) -> int:
 def drafted(region: Region) -> Chunks:
     """Chunks for a draft, which the plan then changes: few enough to trace, of a usual size."""
     n = hint_n(region)
-    return Chunks(_even(n, min(max(tokens_of(region) // MOST_TOKENS, 1), n)), "a draft")
+    return _at_most(n, _even(n, min(max(tokens_of(region) // MOST_TOKENS, 1), n)), "a draft")
+
+
+def planned(region: Region, count: int) -> Chunks:
+    """Chunks as a plan says; of a dynamic length as long as they are at the length that it was planned for."""
+    return _at_most(hint_n(region), count, "as planned under the memory budget")
+
+
+def _at_most(n: int, count: int, reason: str) -> Chunks:
+    return Chunks(count, reason, -(-n // count))
 
 
 def _even(n: int, count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 
+import mstc
 from testkit.allocator import measured_peak, predicted_mib
 from testkit.hf_models import FOR_PEAKS, in_training
 
@@ -27,9 +30,9 @@ def _ids(length: int = 1024) -> Tensor:
     return torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _compiled(loss_fn: Any, budget: object) -> Any:
+def _compiled(loss_fn: Any, budget: object, dynamic: bool = False) -> Any:
     options: dict[str, Any] = {"lower": "aot_eager", "memory_budget": budget}
-    return torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
+    return torch.compile(loss_fn, backend="mstc", options=options, dynamic=dynamic)
 
 
 def test_the_measured_peak_is_the_predicted_one_and_the_gradients_are_eagers() -> None:
@@ -48,6 +51,46 @@ def test_the_measured_peak_is_the_predicted_one_and_the_gradients_are_eagers() -
     peak = measured_peak(lambda: fn(ids).backward(), model) / MIB
     assert peak <= 8
     assert predicted_mib() == pytest.approx(peak, rel=0.05, abs=0.5)
+
+
+@pytest.mark.parametrize(("budget", "saves"), [("8MiB", False), ("12MiB", True)])
+def test_dynamic_lengths_up_to_the_one_that_was_planned(budget: str, saves: bool) -> None:
+    model, loss_fn = in_training("llama", **FOR_PEAKS)
+    fn = _compiled(loss_fn, budget, dynamic=True)
+    counters.clear()
+    for length, graphs in ((1024, 1), (700, 1), (1100, 2)):
+        ids = _ids(length)
+        expected = torch.autograd.grad(loss_fn(ids), list(model.parameters()))
+        got = torch.autograd.grad(fn(ids), list(model.parameters()))
+        assert counters["stats"]["unique_graphs"] == graphs
+        for g, e in zip(got, expected, strict=True):
+            assert (g - e).norm() <= 2e-5 * max(e.norm(), 1e-3)
+        peak = measured_peak(lambda ids=ids: fn(ids).backward(), model) / MIB  # type: ignore[misc]
+        assert peak <= float(budget.removesuffix("MiB"))
+        if length != 700:
+            assert predicted_mib() == pytest.approx(peak, rel=0.05, abs=0.5)
+    plan = "\n".join(mstc.reports()[-1].plan)
+    assert ("inside" in plan) == saves
+    assert re.search(r"planned for s\d+ up to 1100: a longer one is planned anew", plan)
+
+
+def test_a_count_that_is_no_length_stays_free() -> None:
+    weight = torch.randn(8, 8, requires_grad=True)
+    fn = _compiled(lambda x, count: (x @ weight).sum() * count, "8MiB", dynamic=True)
+    counters.clear()
+    for count in (3, 4, 5, 6):
+        assert fn(torch.ones(9, 8), count).item() == pytest.approx(9 * weight.sum().item() * count, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_sizes_that_only_a_run_tells_are_refused() -> None:
+    weight = torch.randn(8, 8, requires_grad=True)
+    fn = _compiled(lambda x, mask: (x[mask] @ weight).sum(), "8MiB")
+    x, mask = torch.randn(9, 8), torch.arange(9) % 2 == 0
+    assert fn(x, mask).item() == pytest.approx((x[mask] @ weight).sum().item(), rel=1e-5)
+    (refusal,) = [r for r in mstc.reports()[-1].refusals if r.pass_name == "memory_budget"]
+    assert refusal.reason.startswith("only a run tells how long it is")
 
 
 def test_small_sizes_are_told_in_small_units() -> None:

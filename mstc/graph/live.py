@@ -8,12 +8,13 @@ as it is computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.fx as fx
 
 from mstc.graph.costs import is_heavy, nbytes
+from mstc.graph.reach import ancestors
 
 aten = torch.ops.aten
 
@@ -38,7 +39,8 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
     pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
     """
     made = in_memory(gm.graph) if fused else None
-    ends = _last_reads(gm.graph, made)
+    reads = _reads(gm.graph, made)
+    ends = {value: readers[-1] for value, readers in reads.items()}
     dying: dict[fx.Node, list[fx.Node]] = {}
     for value, end in ends.items():
         dying.setdefault(end, []).append(value)
@@ -46,10 +48,9 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
     for node in gm.graph.nodes:
         gone = dying.get(node, [])
         if node.op == "call_function" and root_of(node) is node and (made is None or node in made):
-            # A fused kernel may write over an operand that it is the last to read.
             over = None
             if fused and not is_heavy(node):
-                over = next((v for v in gone if nbytes(v) == nbytes(node)), None)
+                over = next((v for v in gone if nbytes(v) == nbytes(node) and _alone(node, reads[v])), None)
             if over is not None:
                 memory.rename(over, node)
                 gone = [v for v in gone if v is not over]
@@ -102,9 +103,17 @@ class _Pool(_Live):
         self._free.append(self._held.pop(node))
 
 
-def _last_reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, fx.Node]:
-    """For each value made inside, the node that reads it last. What is not made whole reads where it is read."""
-    last: dict[fx.Node, fx.Node] = {}
+def _alone(node: fx.Node, readers: Sequence[fx.Node]) -> bool:
+    """Whether a fused kernel may write ``node`` over a value: each other reader has run, since ``node`` is made of it.
+
+    Inductor's rule (``SchedulerNode.decide_inplace_update``): a reader that merely comes earlier may share the kernel.
+    """
+    return set(readers) <= ancestors([node])
+
+
+def _reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:
+    """For each value made inside, the nodes that read it, in order. What is not made whole reads where it is read."""
+    found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and (made is not None and node not in made):
             continue
@@ -112,8 +121,8 @@ def _last_reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx
             continue
         for value in _sources(node, made):
             if value.op == "call_function":
-                last[value] = node
-    return last
+                found.setdefault(value, []).append(node)
+    return found
 
 
 def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]:

@@ -92,8 +92,9 @@ def _come_last(gradient: fx.Node, wide: set[fx.Node]) -> None:
     earlier = set(itertools.takewhile(lambda n: n is not reader, graph.nodes))
     after_wide = descendants(wide & earlier, earlier)
     returned: Any = graph.output_node().args[0]
+    results = dict.fromkeys(root_of(r) for r in returned if isinstance(r, fx.Node))
     write, x = Writer(reader), operand
-    for result in dict.fromkeys(r for r in returned if r in after_wide and r not in wide):
+    for result in (r for r in results if r in after_wide and r not in wide):
         done = write(aten.isnan.default, write(aten.sum.default, result))
         x = write(aten.where.self, done, x, x)
     reader.replace_input_with(operand, x)

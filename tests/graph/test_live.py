@@ -49,6 +49,26 @@ def test_a_fused_kernel_writes_over_what_it_reads_last() -> None:
     assert _peak(lambda x, w: [(x @ w).exp()], (8, 64), (64, 64), fused=True) == 8 * _ROW
 
 
+def test_a_fused_kernel_does_not_write_over_what_another_of_its_results_reads() -> None:
+    """``exp`` and ``sin`` read the product in one kernel: neither can be written over it."""
+
+    def two(x: Tensor, w: Tensor) -> list[Tensor]:
+        y = x @ w
+        return [y.exp(), y.sin()]
+
+    assert _peak(two, (8, 64), (64, 64), fused=True) == 3 * 8 * _ROW
+
+
+def test_a_fused_kernel_writes_over_what_it_reads_after_all_others() -> None:
+    """The maxima are needed before the first element of the result can be written."""
+
+    def centred(x: Tensor, w: Tensor) -> list[Tensor]:
+        y = x @ w
+        return [y - y.amax(-1, keepdim=True)]
+
+    assert _peak(centred, (8, 64), (64, 64), fused=True) == 8 * _ROW + 4 * 8
+
+
 def test_a_pool_hands_out_what_fits_and_keeps_the_rest() -> None:
     def narrow(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
         return [((x @ w) @ v) @ w]

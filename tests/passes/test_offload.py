@@ -122,7 +122,6 @@ def test_gradients_are_bit_equal_and_the_peak_falls_by_what_was_predicted() -> N
 @pytest.mark.parametrize(("layers", "length", "budget"), [(4, 4096, 16), (6, 4096, 16), (8, 2048, 11)])
 @pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
 def test_more_models_and_budgets(layers: int, length: int, budget: int, lower: str) -> None:
-    """Through Inductor the peak itself is predicted too high, by up to a ninth, with and without offloading."""
     of, ids = _training(layers), _ids(length)
     away, kept = (run(of, ids, f"{budget}MiB", lower) for run in (_run, _kept))
     sizes = (away.predicted, away.peak, kept.peak, away.offloaded)
@@ -130,7 +129,7 @@ def test_more_models_and_budgets(layers: int, length: int, budget: int, lower: s
     assert away.offloaded > MIB and away.peak < kept.peak
     assert all(torch.equal(a, b) for a, b in zip(away.gradients, kept.gradients, strict=True))
     assert kept.predicted - away.predicted == pytest.approx(kept.peak - away.peak, rel=0.05)
-    assert away.predicted == pytest.approx(away.peak, rel=0.05) or (lower == "inductor" and away.predicted > away.peak)
+    assert away.predicted == pytest.approx(away.peak, rel=0.05)
 
 
 def test_nothing_is_offloaded_where_memory_allows() -> None:

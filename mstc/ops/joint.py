@@ -6,7 +6,7 @@ What a loop runs in its backward returns
 - for a weight that only enters matrix products, the two *factors* (x, dy) of its gradient
   ``dW = dy^T x``, which the loop adds into one accumulator with ``addmm_``: a product returned by the
   body would allocate a full weight gradient per chunk;
-- gradients of other shared inputs, summed over the chunk.
+- gradients of other shared inputs, summed over the chunk, in at least float32 (`wide_sums`).
 
 Outputs of the forward that are kept anyway are read instead of recomputed where that saves a matrix
 product; what a plan saves for the backward is always read.
@@ -26,6 +26,7 @@ from mstc import compat
 from mstc.graph.costs import is_heavy
 from mstc.graph.reach import ancestors
 from mstc.ops.table import use_table_gradient
+from mstc.ops.wide_sums import widened
 
 aten = torch.ops.aten
 
@@ -252,7 +253,7 @@ def backward_body(
         return out.index(node)
 
     token_grads = {i: place(g) for i, g in joint.token_grads.items()}
-    shared_grads = {j: place(g) for j, g in joint.shared_grads.items()}
+    shared_grads = {j: place(widened(g)) for j, g in joint.shared_grads.items()}
     factors = tuple(
         Factors(p.shared, place(p.x), place(p.dy), p.transposed) for p in joint.products if p.dy is not None
     )

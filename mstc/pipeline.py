@@ -106,8 +106,14 @@ def hold_to_word(options: Options, report: Report) -> None:
     for name in sorted(options.asked):
         if any(edit.pass_name == name for edit in report.edits):
             continue
-        reasons = "; ".join(f"{r.node}: {r.reason}" for r in report.refusals if r.pass_name in (name, "normal_form"))
+        refused = [r for r in report.refusals if r.pass_name in (name, "normal_form")]
+        reasons = "; ".join(": ".join(filter(None, (_place(r), r.reason))) for r in refused)
         raise StrictError(
             f"options['strict'] is set and options[{name!r}] was asked for, but it changed nothing in this graph"
             + (f" ({reasons})" if reasons else " (it found no candidate)")
         )
+
+
+def _place(refusal: Refusal) -> str:
+    """The node and the source line, as far as they are known."""
+    return " at ".join(filter(None, (refusal.node, refusal.source)))

@@ -16,7 +16,7 @@ import torch.fx as fx
 from mstc.graph.axes import Axes
 from mstc.graph.editor import Editor
 from mstc.graph.labels import region_label
-from mstc.graph.regions import Region
+from mstc.graph.regions import Region, left_outside
 from mstc.passes.base import Chosen, Context, Pass, refuse
 from mstc.passes.loops import LoopSite, apply_loop, chunks_of, loop_key, read_by_loop
 from mstc.plan.chunks import choose
@@ -43,6 +43,8 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
             again, label = part.recompute and chosen.again, region_label(part.region)
             values = tuple(n for n in part.region.nodes if n.name in chosen.saves)
             yield LoopSite(part.region, count or chunks, kept, again, False, label, saves=values)
+    for node, reason in left_outside(gm.graph, axes, regions):
+        yield refuse("mini_sequence", node, reason)
 
 
 def _parts(axes: Axes, region: Region, regions: list[Region], ctx: Context) -> list[Part]:

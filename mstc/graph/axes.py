@@ -157,8 +157,9 @@ class Axes:
             self._places[node] = []
             return
         shape = shape_of(value)
-        explained = {p.dim for _, p in carried}
+        # Pieces of unequal sizes: the places in the first say nothing of the others.
         places = [(a, p) for a, p in carried if p.dim < len(shape) and _fits(p, shape[p.dim])]
+        explained = {p.dim for _, p in places}
         for dim, extent in enumerate(shape):
             if dim not in explained and not same(extent, 1):
                 self._parent.append(len(self._parent))

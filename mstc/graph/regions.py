@@ -19,12 +19,12 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis, NotTokenwise, Tokenwise
-from mstc.graph.costs import is_heavy, matmul_flops, nbytes
+from mstc.graph.costs import factors_of, is_heavy, matmul_flops, nbytes
 from mstc.graph.draws import draws_mask
 from mstc.graph.editor import has_order
 from mstc.graph.places import Place
 from mstc.graph.rules.call import operands_of
-from mstc.graph.sizes import Size
+from mstc.graph.sizes import Size, same, shape_of
 from mstc.graph.weights import Weights
 
 aten = torch.ops.aten
@@ -84,6 +84,34 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
                 regions.append(make_region(axes, axis, nodes, sums))
                 taken |= {*nodes, *sums}
     return sorted(regions, key=lambda r: order[r.nodes[0]])
+
+
+def left_outside(graph: fx.Graph, axes: Axes, regions: Iterable[Region]) -> Iterator[tuple[fx.Node, str]]:
+    """Products of rows with a weight that no region holds, each with the reason.
+
+    A product of one vector has no rows, and what is made of positions alone is made once for all layers.
+    """
+    weights, inside = Weights(graph), {n for region in regions for n in region.nodes}
+    products = {n: w for n in graph.nodes if (w := weights.in_product(n)) is not None}
+    left = [n for n, weight in products.items() if n not in inside and _has_rows(n, weight, axes)]
+    if not left:
+        return
+    features, positions = weights.features(axes, list(products)), position_only(graph)
+    for node in (n for n in left if n not in positions):
+        proofs = [axes.tokenwise(node, axis) for axis in sorted(axes.of(node) - features)]
+        reasons = [proof.reason for proof in proofs if isinstance(proof, NotTokenwise)]
+        yield node, "; ".join(dict.fromkeys(reasons)) or "all its axes are features of some weight"
+
+
+def _has_rows(product: fx.Node, weight: fx.Node, axes: Axes) -> bool:
+    """Whether a product's result has a dimension of the other factor's."""
+    flow = axes.flow(product)
+    others = [i for i, o in enumerate(operands_of(product)) if o is not weight and o in factors_of(product)]
+    return flow is None or any(
+        not same(n, 1) and flow.back(i, Place(dim, n)) is not None
+        for dim, n in enumerate(shape_of(product.meta["val"]))
+        for i in others
+    )
 
 
 def _token_axes(

@@ -5,18 +5,23 @@ parameters and buffers alone is a weight as they are; but a product of two such 
 
 An input that no module holds may be either: functional calls are handed weights, a step may be handed hidden states,
 keys or a mask of floats. Where modules hold weights, such an input is one too only if it is a matrix (an adapter, the
-head of a teacher); with more dimensions it is data.
+head of a teacher); with more dimensions it is data. Weights of experts that each token chooses of a stack are weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis
 from mstc.graph.costs import factors_of, is_heavy
+from mstc.graph.reach import ancestors
 
 aten = torch.ops.aten
+
+_CHOICES = (aten.index.Tensor, aten.index_select.default)
 
 
 class Weights:
@@ -37,7 +42,9 @@ class Weights:
         factors = factors_of(node)
         for operand in factors[::-1]:
             if isinstance(operand, fx.Node) and (
-                self._is_plain(operand) or (operand in self._made and not self._made.issuperset(factors))
+                self._is_plain(operand)
+                or stack_of(operand) is not None
+                or (operand in self._made and not self._made.issuperset(factors))
             ):
                 return operand
         return None
@@ -56,20 +63,51 @@ class Weights:
 
     def _is_plain(self, node: fx.Node) -> bool:
         """Whether a value is an input that is a weight or a constant, perhaps cast, viewed or transposed."""
-        while node.op == "call_function" and len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
+        node = source_of_views(node)
         return node.op in ("placeholder", "get_attr") and _is_float(node) and node not in self._data
 
     def features(self, axes: Axes, products: list[fx.Node]) -> set[Axis]:
-        """The axes that stand in the weights of products.
+        """The axes that stand in the weights of products, but for those along which a weight is repeated (a batch).
 
-        A computed weight may have been repeated over a batch, or stand for positions: axes of the inputs' tokens
-        are not counted for it.
+        A computed weight may also stand for positions: axes of the inputs' tokens are not counted for it.
         """
-        found = [w for n in products if (w := self.in_product(n)) is not None]
-        plain = {a for w in found if self._is_plain(w) for a in axes.of(w)}
-        computed = {a for w in found if not self._is_plain(w) for a in axes.of(w)}
+        found = {stack_of(w) or w for n in products if (w := self.in_product(n)) is not None}
+        own = _own_axes(found, axes)
+        plain = {a for w in found if self._is_plain(w) for a in own[w]}
+        computed = {a for w in found if not self._is_plain(w) for a in own[w]}
         return plain | computed - {a for n in self._chosen for a in axes.of(n)}
+
+
+def source_of_views(node: fx.Node) -> fx.Node:
+    """What a value is cast, viewed or transposed from."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def stack_of(value: fx.Node) -> fx.Node | None:
+    """The weights of all experts where a value holds each token's own: those that it chooses of the stack."""
+    chosen = source_of_views(value)
+    if chosen.target not in _CHOICES:
+        return None
+    stack = chosen.all_input_nodes[0]
+    given = source_of_views(stack).op in ("placeholder", "get_attr")
+    return stack if given and _is_float(stack) and stack.meta["val"].dim() > 2 else None
+
+
+def _own_axes(weights: Collection[fx.Node], axes: Axes) -> dict[fx.Node, set[Axis]]:
+    """The axes of weights, and of what they are made of, that no expand gave them."""
+    own: dict[fx.Node, set[Axis]] = {}
+    above = ancestors(weights)
+    for node in next(iter(weights)).graph.nodes if weights else ():
+        if node not in above:
+            continue
+        known = {a for i in node.all_input_nodes for a in axes.of(i)}
+        kept = {a for i in node.all_input_nodes for a in own[i]}
+        flow = axes.flow(node)
+        repeats = flow is not None and flow.repeats and bool(node.all_input_nodes)
+        own[node] = axes.of(node) & (kept if repeats else kept | axes.of(node) - known)
+    return own
 
 
 def made_of_weights(graph: fx.Graph) -> set[fx.Node]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from mstc.graph.axes import Tokenwise
-from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, nbytes
+from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, matmul_flops, nbytes
 from mstc.graph.live import is_view
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
@@ -52,17 +52,24 @@ class Chunks:
 
 
 def tokens_of(region: Region) -> int:
-    """Tokens in the region: rows of its widest matrix product."""
-    return max((_rows(n, region.proofs[n]) for n in region.nodes if is_heavy(n)), default=hint_n(region))
+    """Tokens in the region: rows of its costliest matrix product, the longest of several."""
+    products = [(matmul_flops(n), _rows(n, region.proofs[n])) for n in region.heavy]
+    return max(products, default=(0.0, hint_n(region)))[1]
 
 
 def _rows(product: fx.Node, proof: Tokenwise) -> int:
-    """How many rows a product has: its result's dimensions that stand in what is cut, a weight's left out."""
+    """How many rows a product has: its result's dimensions that stand in what is cut, a weight's left out.
+
+    Where all factors are cut, as beside weights that each token has of its own (experts), those of the narrower one.
+    """
     flow, shape = flow_of(product), product.meta["val"].shape
-    cut = [i for i, need in enumerate(proof.needs) if need is not None]
     assert flow is not None
-    rows = [d for d, n in enumerate(shape) if any(flow.back(i, Place(d, size(n))) is not None for i in cut)]
-    return math.prod(hint(shape[d]) for d in rows)
+    rows = [
+        math.prod(hint(n) for d, n in enumerate(shape) if flow.back(i, Place(d, size(n))) is not None)
+        for i, need in enumerate(proof.needs)
+        if need is not None
+    ]
+    return min(rows)
 
 
 def hint_n(region: Region) -> int:

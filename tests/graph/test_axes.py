@@ -83,6 +83,14 @@ def test_what_ties_tokens_together_is_refused(fn: Callable[..., Any], reason: st
     assert any(word in found.reason for word in reason.split("|"))
 
 
+def test_every_piece_of_unequal_sizes_has_an_axis() -> None:
+    graph = normal_graph(lambda x: x.split([2, 3], 1), randn(2, 5, 4))
+    axes = Axes(graph)
+    small, large = graph.output_node().args[0]
+    (one,), (other,) = ([a for a in axes.of(n) if axes.places(n, a)[0].dim == 1] for n in (small, large))
+    assert one != other and axes.places(large, other) == [Place(1, 3)]
+
+
 @pytest.mark.parametrize(
     "fn", [lambda x: x.cumsum(1), lambda x: x[:, 1:], lambda x: x.flip(1), lambda x: x.softmax(1), lambda x: x[:, :2]]
 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mstc.graph.regions import left_outside
 from testkit.capture import labels_of, node, randn, regions_of
 
 aten = torch.ops.aten
@@ -157,3 +162,35 @@ def test_targets_that_others_read_too_and_narrow_ones_are_inputs() -> None:
     for loss, target in ((shared, aten.one_hot.default), (narrow, aten.clamp.default)):
         graph, _, (region,) = regions_of(loss, randn(1, tokens, 4), randn(classes, 4), torch.arange(tokens)[None])
         assert node(graph, target) not in region.nodes
+
+
+def left(fn: Callable[..., Any], *inputs: Tensor) -> list[str]:
+    """Reasons why products with a weight lie in no region."""
+    return [reason for _, reason in left_outside(*regions_of(fn, *inputs))]
+
+
+def mixed_tokens(x: Tensor, up: Tensor) -> Tensor:
+    """An MLP-Mixer's: a weight for each pair of tokens, and one for each pair of features."""
+    y = x + F.linear(x.mT, up).mT
+    return y + F.linear(y, up)
+
+
+def test_what_lies_in_no_region_is_told() -> None:
+    """Without a batch nothing can be cut; with one, its texts can."""
+    up = randn(5, 5)
+    assert left(mixed_tokens, randn(5, 5), up) == ["all its axes are features of some weight"] * 2
+    assert not left(mixed_tokens, randn(3, 5, 5), up)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        attended,
+        lambda x, up, down: F.linear(x.sum((0, 1)), up),
+        lambda x, up, down: F.linear(x.sum((0, 1), keepdim=True), up),
+        lambda x, up, down: x + torch.arange(7.0, dtype=x.dtype)[:, None] @ down.detach().sum(1)[None],
+    ],
+    ids=["attention", "a vector", "a row", "positions"],
+)
+def test_nothing_is_told_of_what_is_fine(fn: Callable[..., Any]) -> None:
+    assert not left(fn, randn(2, 7, 4), UP, DOWN)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mstc.graph.axes import Axes
-from mstc.graph.weights import Weights, made_of_weights
+from mstc.graph.weights import Weights, made_of_weights, stack_of
 from testkit.capture import node, normal_graph, randn, regions_of
-from testkit.exactness import chunked, compare
+from testkit.exactness import chunked, compare, products_outside
 from testkit.tiny import Tiny, inputs
 
 aten = torch.ops.aten
@@ -154,3 +154,49 @@ def test_constants_may_enter_a_weight(change: Callable[[Tensor], Tensor]) -> Non
     graph = normal_graph(lambda x, w: torch.matmul(x, change(w)), randn(2, 7, 4), nn.Parameter(randn(4, 4)))
     product = node(graph, aten.matmul.default)
     assert Weights(graph).in_product(product) is product.args[1]
+
+
+class Latents(nn.Module):
+    """Queries that the model learns, the same for each text; projected, or as they are."""
+
+    def __init__(self, projected: bool) -> None:
+        super().__init__()
+        self.projected = projected
+        self.latents = nn.Parameter(randn(3, 8))
+        self.q, self.k, self.up, self.down = (nn.Linear(8, 8, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        scores = (self.q(latents) if self.projected else latents) @ self.k(x).mT
+        return self.down(F.gelu(self.up(scores.softmax(-1) @ x))).square().sum()
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_weight_repeated_over_the_texts_does_not_make_them_features(projected: bool) -> None:
+    model = Latents(projected)
+    leaves = {n: p for n, p in model.named_parameters() if projected or not n.startswith("q.")}
+    found = compare(model, leaves, (randn(5, 7, 8).detach(),), chunked(4, 4, "eager"))
+    found.check()
+    (graph,) = found.graphs
+    assert not products_outside(graph)
+
+
+def test_weights_that_tokens_choose_of_a_stack_are_weights() -> None:
+    """Experts of each token: the axes of the stack are features, that of the tokens is none."""
+
+    def experts(x: Tensor, stack: Tensor, chosen: Tensor) -> Tensor:
+        return torch.bmm(x[:, None], stack[chosen].mT).squeeze(1)
+
+    graph, axes, (region,) = regions_of(experts, randn(7, 4), randn(3, 6, 4), torch.tensor([2, 0, 1, 1, 2, 0, 0]))
+    product, stack = node(graph, aten.bmm.default), graph.find_nodes(op="placeholder")[1]
+    weight = Weights(graph).in_product(product)
+    assert weight is not None and stack_of(weight) is stack
+    assert Weights(graph).features(axes, [product]) == axes.of(stack)
+    assert region.n == 7 and product in region.nodes
+
+
+def test_rows_of_a_table_are_no_experts() -> None:
+    """Relative positions: a table for pairs of tokens, not a stack of weights."""
+    far = torch.arange(7)[:, None] - torch.arange(7) + 6
+    graph = normal_graph(lambda x, table: torch.einsum("btd,tsd->bts", x, table[far]), randn(2, 7, 4), randn(13, 4))
+    assert not [n for n in graph.nodes if stack_of(n) is not None]

@@ -114,3 +114,25 @@ def test_tokens_are_the_rows_of_products(product: Callable[[Tensor, Tensor], Ten
         2
     ]
     assert [tokens_of(r) for r in regions] == [2 * 23]
+
+
+def test_weights_that_each_token_has_of_its_own_are_no_tokens() -> None:
+    """Experts of the tokens, gathered: as many rows as tokens choose, none for the features of the weights."""
+
+    def experts(x: Tensor, down: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        return F.linear(torch.bmm((x + x.cumsum(0))[:, None], weight[chosen]).squeeze(1), down)
+
+    (found,) = regions_of(experts, randn(23, 8), randn(2, 6), randn(4, 8, 6), torch.randint(4, (23,)))[2]
+    assert tokens_of(found) == 23
+
+
+def test_heads_of_a_small_product_are_no_tokens() -> None:
+    """Queries mixed per head have more rows than tokens; the MLP costs more, and its rows count."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor, mix: Tensor) -> Tensor:
+        y = x + F.linear(F.silu(F.linear(x, up)), down)
+        q = torch.matmul(y.unflatten(-1, (4, 2)), mix).flatten(-2)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    (found,) = regions_of(fn, randn(2, 23, 8), randn(32, 8), randn(8, 32), randn(2, 2))[2]
+    assert tokens_of(found) == 2 * 23

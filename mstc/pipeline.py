@@ -15,6 +15,7 @@ from mstc.graph.describe import describe
 from mstc.graph.editor import Editor
 from mstc.options import Options
 from mstc.passes.base import Context, Pass
+from mstc.passes.masks import known_values
 from mstc.passes.memory_budget import MEMORY_BUDGET
 from mstc.passes.order import PASSES
 from mstc.report import Edit, Fidelity, Refusal, Report
@@ -54,7 +55,8 @@ def run(gm: fx.GraphModule, ctx: Context, report: Report, watchers: Sequence[Wat
             watcher.ran(step, gm, done)
     report.edits = list(editor.edits)
     report.plan = list(ctx.plan)
-    report.regions = describe(gm, ctx.analysis(gm).regions, ctx.facts.get("loops", {}), ctx.facts.get("masks", {}))
+    loops, masks = ctx.facts.get("loops", {}), ctx.facts.get("masks", {})
+    report.regions = describe(gm, ctx.analysis(gm).regions, loops, masks, known_values(gm, ctx))
     hold_to_word(ctx.options, report)
 
 

@@ -26,7 +26,7 @@ never read. Changes that bypass torch's version counter (``buffer.data``) are no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from mstc.graph.predicates.call import Call, Unread, call_of, shape_of, size
 from mstc.graph.predicates.constants import Bands, Ramp, describe
 from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.predicates.marks import marked
-from mstc.graph.predicates.reader import Reader
+from mstc.graph.predicates.reader import Known, Reader
 from mstc.graph.predicates.verdict import Unproven, fact_of
 from mstc.graph.reach import ancestors
 from mstc.passes.base import Context, Pass, refuse
@@ -48,7 +48,6 @@ from mstc.report import Fidelity, Refusal
 aten = torch.ops.aten
 
 Rewrite = Literal["is_causal", "no mask"]
-Known = Callable[[fx.Node], Ramp | Bands | None]
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,16 @@ import torch.fx as fx
 from mstc.graph.editor import Editor
 from mstc.graph.provenance import source_of
 from mstc.graph.written import Written, find_written
+from mstc.graph.written_masks import MaskLabels
 from mstc.passes.base import Context, Pass, refuse
 from mstc.passes.loops import LoopSite, apply_loop
+from mstc.passes.masks import known_values
 from mstc.plan.chunks import choose_queries
 from mstc.report import Fidelity, Refusal
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
-    everything = list(find_written(gm.graph))
+    everything, labels = list(find_written(gm.graph)), MaskLabels(known_values(gm, ctx))
     inside = {n for written in everything for n in written.region.nodes}
     for written in everything:
         scores = (written.scores or written.whole or written.ends)[0]
@@ -44,7 +46,8 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[LoopSite | Refusal]:
             continue
         yield from map(_made_whole, written.whole)
         kept = (False,) * len(written.region.outputs)
-        yield LoopSite(written.region, chunks, kept, False, False, "attention by queries", mixer=True)
+        label = f"attention by queries ({labels.of(written)})"
+        yield LoopSite(written.region, chunks, kept, False, False, label, mixer=True)
 
 
 def _made_whole(node: fx.Node) -> Refusal:

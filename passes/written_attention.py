@@ -22,9 +22,10 @@ from mstc.graph.places import Place
 from mstc.graph.predicates.call import Unread, shape_of
 from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.predicates.reader import Reader
-from mstc.graph.predicates.verdict import DROPPED, fact_of
+from mstc.graph.predicates.verdict import fact_of
 from mstc.graph.rules.call import Call, operands_of
 from mstc.graph.written import Written, find_written
+from mstc.graph.written_masks import drops, path_of
 from mstc.passes.base import Context, Pass
 from mstc.passes.masks import assume, buffers_read, known_values, laid_out_as
 from mstc.report import Fidelity
@@ -143,10 +144,10 @@ def _step(node: fx.Node, chain: _Chain, written: Written) -> object:
         return node.args[0]
     if chain.scaled:
         return None
-    if node.target is aten.masked_fill.Scalar and _drops(node.args[2]):
+    if node.target is aten.masked_fill.Scalar and drops(node.args[2]):
         chain.masks.append((node.args[1], True))  # type: ignore[arg-type]
         return node.args[0]
-    if node.target in (aten.where.self, aten.where.ScalarOther) and _drops(node.args[2]):
+    if node.target in (aten.where.self, aten.where.ScalarOther) and drops(node.args[2]):
         chain.masks.append((node.args[0], False))  # type: ignore[arg-type]
         return node.args[1]
     if node.target is aten.add.Tensor and call.arg("alpha") == 1:
@@ -158,30 +159,12 @@ def _added(node: fx.Node, chain: _Chain, written: Written) -> object:
     left, right = node.args[:2]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    path = _path(written)
+    path = path_of(written)
     scores, mask = (left, right) if left in path else (right, left)
     if scores not in path or mask in path or mask.meta.get("needs_grad"):
         return None
     chain.masks.append((mask, False))
     return scores
-
-
-def _path(written: Written) -> set[fx.Node]:
-    """Nodes of the region that the scores lead to."""
-    found = set(written.scores)
-    for node in written.region.nodes:
-        if any(i in found for i in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _drops(value: object) -> bool:
-    """A number, or a tensor of one number, that a softmax makes 0."""
-    if isinstance(value, fx.Node):
-        if value.target not in (aten.full.default, aten.scalar_tensor.default) or value.meta["val"].numel() != 1:
-            return False
-        value = Call(value).arg("fill_value" if value.target is aten.full.default else "s")
-    return isinstance(value, int | float) and value <= DROPPED
 
 
 def _fact(masks: list[tuple[fx.Node, bool]], scores: fx.Node, reader: Reader) -> MaskFact | None:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from mstc.graph.labels import attention_label, region_label
+from mstc.graph.labels import attention_label, is_grouped, region_label
+from mstc.graph.predicates.reader import Known
 from mstc.graph.provenance import layer_of, module_of, source_of
 from mstc.graph.regions import Region
+from mstc.graph.written import find_written
+from mstc.graph.written_masks import MaskLabels
 from mstc.report import RegionInfo
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def describe(
-    gm: fx.GraphModule, regions: Iterable[Region], loops: Mapping[fx.Node, RegionInfo], masks: Mapping[fx.Node, Any]
+    gm: fx.GraphModule,
+    regions: Iterable[Region],
+    loops: Mapping[fx.Node, RegionInfo],
+    masks: Mapping[fx.Node, Any],
+    known: Known,
 ) -> list[RegionInfo]:
-    """One record per loop, per region left whole and per attention, in the order of the graph.
+    """One record per loop, per region left whole, per attention and per block of experts, in the order of the graph.
 
-    regions: those left whole; loops: records of the loop nodes; masks: what is known of an attention's mask.
+    regions: those left whole; loops: records of the loop nodes; masks: what is known of an attention's mask;
+    known: what constants hold.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     found: list[tuple[int, RegionInfo]] = [
@@ -32,17 +40,34 @@ def describe(
         if n in order
     ]
     found += [
-        (order[node], _mixer(node, attention_label(node, getattr(masks.get(node), "label", ""))))
+        (order[node], _mixer(attention_label(node, getattr(masks.get(node), "label", "")), [node]))
         for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION)
     ]
+    regions, labels = list(regions), MaskLabels(known)
+    claimed = {n for r in regions for n in r.nodes}
+    for written in find_written(gm.graph):
+        first = (written.scores or written.ends)[0]
+        label = f"attention ({labels.of(written)})"
+        found.append((order[first], _mixer(label, [first, *(n for n in written.region.nodes if n not in claimed)])))
+    found += [(order[nodes[0]], _mixer("experts", nodes)) for nodes in _grouped(gm.graph)]
     found += [(order[r.nodes[0]], region_info(r)) for r in regions]
     return [info for _, info in sorted(found, key=lambda pair: pair[0])]
 
 
-def _mixer(node: fx.Node, label: str) -> RegionInfo:
-    tokens = str(node.meta["val"].shape[-2])
-    layer, module, source = layer_of(node), module_of(node), source_of(node)
-    return RegionInfo("mixer", label, layer, module, source, tokens, ops=1, nodes=(node.name,))
+def _grouped(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Products of experts' weights, those of one block together: they read the same groups."""
+    blocks: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
+    for node in filter(is_grouped, graph.nodes):
+        groups = tuple(i for i in node.all_input_nodes if not i.meta["val"].is_floating_point())
+        blocks.setdefault(groups, []).append(node)
+    return list(blocks.values())
+
+
+def _mixer(label: str, nodes: Sequence[fx.Node]) -> RegionInfo:
+    first, names = nodes[0], tuple(dict.fromkeys(n.name for n in nodes))
+    tokens = str(first.meta["val"].shape[-2])
+    layer, module, source = layer_of(first), module_of(first), source_of(first)
+    return RegionInfo("mixer", label, layer, module, source, tokens, ops=len(names), nodes=names)
 
 
 def region_info(region: Region) -> RegionInfo:

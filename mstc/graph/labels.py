@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
 import torch.fx as fx
 
-from mstc.graph.costs import is_heavy
+from mstc.graph.costs import factors_of, is_heavy
+from mstc.graph.reach import descendants
 from mstc.graph.regions import Region
+from mstc.graph.rules import rule_of
+from mstc.graph.weights import source_of_views, stack_of
 
 aten = torch.ops.aten
 
@@ -34,7 +38,6 @@ _ACTIVATIONS = (
     aten.elu.default,
     aten.pow.Tensor_Scalar,
 )
-_MIXERS = (aten.scaled_dot_product_attention.default,)
 _SELECTS = (aten.topk.default,)
 
 
@@ -51,13 +54,18 @@ def _parts(region: Region) -> Iterator[str]:
     if "output projection" in roles.values():
         yield "output projection"
     yield from _norms(region)
+    heads = {h for h in region.heavy if _is_last(h, within)} if region.sums else set()
+    for role in ("experts", "gated MLP", "MLP", "router", "q/k/v projection", "projection"):
+        if any(found == role for h, found in roles.items() if h not in heads):
+            yield role
     if region.sums:
         yield "LM head"
         yield f"{loss} loss" if loss else "loss"
-        return
-    for role in ("gated MLP", "MLP", "router", "q/k/v projection", "projection"):
-        if role in roles.values():
-            yield role
+
+
+def _is_last(heavy: fx.Node, within: set[fx.Node]) -> bool:
+    """Whether no other matrix product of the region reads what this one leads to."""
+    return not any(is_heavy(n) for n in descendants(heavy.users, within))
 
 
 def _norms(region: Region) -> Iterator[str]:
@@ -67,6 +75,8 @@ def _norms(region: Region) -> Iterator[str]:
 
 
 def _role(heavy: fx.Node, within: set[fx.Node]) -> str:
+    if any(stack_of(f) is not None for f in factors_of(heavy)):
+        return "experts"
     before = _first(heavy, within, up=True)
     after = _first(heavy, within, up=False)
     if any(n.target in _SELECTS for n in after):
@@ -75,7 +85,7 @@ def _role(heavy: fx.Node, within: set[fx.Node]) -> str:
         return "gated MLP"
     if any(n.target in _ACTIVATIONS for n in before | after if not _inside_norm(n)):
         return "MLP"
-    if any(n.target in _MIXERS for n in before):
+    if any(_attends(n) for n in before):
         return "output projection"
     if any(_attends(n) for n in _first(heavy, within, up=False, past_sums=True)):
         return "q/k/v projection"
@@ -83,11 +93,35 @@ def _role(heavy: fx.Node, within: set[fx.Node]) -> str:
 
 
 def _attends(node: fx.Node) -> bool:
-    """Attention, or the product of two activations with which a written-out one begins."""
-    return node.target in _MIXERS or (
-        node.target in (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
-        and all(i.op == "call_function" for i in node.all_input_nodes)
-    )
+    """Attention, a loop that stands for it, or a product of two activations, of which a written-out one is made.
+
+    What a linear layer multiplies by is a weight, be it computed in the graph.
+    """
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    if node.target is aten.scaled_dot_product_attention.default or "mixes_at" in node.meta:
+        return True
+    if node.target is aten.linear.default or not is_heavy(node):
+        return False
+    return not any(_is_given(f) or stack_of(f) is not None for f in factors_of(node))
+
+
+def _is_given(value: fx.Node) -> bool:
+    """An input of the graph or a constant, perhaps cast, viewed or transposed."""
+    return source_of_views(value).op in ("placeholder", "get_attr")
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Products of groups of tokens with the weights of their experts, by an op that no axis rule knows."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or rule_of(node.target):
+        return False
+    inputs = node.all_input_nodes
+    stacked = any(_is_given(i) and _is_stack(i.meta["val"]) for i in inputs)
+    return stacked and any(not i.meta["val"].is_floating_point() for i in inputs)
+
+
+def _is_stack(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
 
 
 def _first(start: fx.Node, within: set[fx.Node], up: bool, past_sums: bool = False) -> set[fx.Node]:
@@ -150,4 +184,4 @@ def attention_label(node: fx.Node, mask: str = "") -> str:
     given = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if mask:
         return f"attention ({mask.replace('_', ' ')})"
-    return "attention (explicit mask)" if isinstance(given, fx.Node) else "attention (full)"
+    return "attention (explicit mask)" if isinstance(given, fx.Node) else "attention (no mask)"

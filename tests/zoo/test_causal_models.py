@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mstc.report import RegionInfo
 from testkit.exactness import Comparison, chunked, compare, products_outside
 from testkit.float64 import true_float64
 from testkit.hf_models import CAUSAL, EXPERTS, causal, tokens
@@ -33,6 +35,20 @@ def check_loops(result: Comparison) -> None:
     assert result.loops >= 4
     refused = [r for r in result.reports[0].refusals if r.pass_name in ("mini_sequence", "lm_head", "normal_form")]
     assert not refused
+    check_labels(result.reports[0].regions)
+
+
+def check_labels(regions: list[RegionInfo]) -> None:
+    """What two layers and a head consist of, told by structure, with source lines.
+
+    A loop may hold what ends one layer and begins the next: it is told for the first one.
+    """
+    attention = [r for r in regions if "attention" in r.label]
+    assert [r.layer for r in attention] == [0, 1] and all("(causal" in r.label for r in attention)
+    for part in ("q/k/v projection", "output projection", "MLP|experts"):
+        assert sum(any(word in r.label for word in part.split("|")) for r in regions) >= 2, part
+    assert regions[-1].label.endswith("LM head + cross-entropy loss")
+    assert all(re.search(r"\.py:\d+$", r.source) for r in regions)
 
 
 @pytest.mark.parametrize("kind", CAUSAL)

@@ -26,6 +26,9 @@ DEEPEST = 48  # nodes between a mask and its sources; the masks of known models 
 UNTAGGED = (torch.ops.aten.floor_divide, torch.ops.aten._to_copy)  # elementwise, but torch does not tag them so
 RULES = {**elementwise.RULES, **sources.RULES}
 
+# What a node is known to hold, if anything.
+Known = Callable[[fx.Node], Ramp | Bands | None]
+
 
 class Reader:
     """Reads elements of one graph.
@@ -34,7 +37,7 @@ class Reader:
     After reading, `used` holds the nodes whose described values were read.
     """
 
-    def __init__(self, known: Callable[[fx.Node], Ramp | Bands | None] = lambda node: None) -> None:
+    def __init__(self, known: Known = lambda node: None) -> None:
         self.box = Box()
         self.leaves: dict[Expr, Leaf] = {}
         self.runs: dict[Expr, Run] = {}

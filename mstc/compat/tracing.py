@@ -145,11 +145,21 @@ class _SourceKeepingInterpreter(fx.Interpreter):
             return self._function(*args, **kwargs)
         if target is data_of:
             return args[0].detach()  # itself it dispatches nothing, so nothing would be recorded
+        if target is torch.Tensor or isinstance(target, type(torch.FloatTensor)):
+            return _made_by_type(target, args)
         if not is_checkpoint(target):
             return super().call_function(target, args, kwargs)
         body, *operands = args
         tags = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_block_ids)}
         return _SourceKeepingInterpreter(body, self._switches, self._function, tags).run(*operands)
+
+
+def _made_by_type(kind: Any, args: tuple[Any, ...]) -> Any:
+    """``torch.Tensor([1.0])``, ``torch.LongTensor(4)``: values given, or sizes. Its own call would leave no values."""
+    dtype = torch.get_default_dtype() if kind is torch.Tensor else kind.dtype
+    if len(args) == 1 and not isinstance(args[0], int | torch.SymInt):
+        return torch.tensor(args[0], dtype=dtype)
+    return torch.empty(*args, dtype=dtype)
 
 
 @contextlib.contextmanager

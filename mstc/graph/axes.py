@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
+from mstc.graph.editor import has_order
 from mstc.graph.places import Flow, Lost, Place
 from mstc.graph.rules import flow_of, rule_of
 from mstc.graph.rules.call import operands_of
@@ -52,6 +53,7 @@ class Axes:
         self._parent: list[Axis] = []
         self._places: dict[fx.Node, list[tuple[Axis, Place]]] = {}
         self._flows: dict[fx.Node, Flow | None] = {}
+        self._counts: set[fx.Node] = set()
         for node in graph.nodes:
             self._visit(node)
 
@@ -131,11 +133,23 @@ class Axes:
                 return
             flow = flow_of(node)
             self._flows[node] = flow
+            if self._is_counted(node):
+                self._counts.add(node)
             self._bear(node, self._carried(node, flow) if flow is not None else [])
 
+    def _is_counted(self, node: fx.Node) -> bool:
+        """Whether a value is made from nothing, or of such values and frequencies: positions, tables of angles."""
+        operands = operands_of(node)
+        counted = [i for i in operands if i in self._counts]
+        rest = [i for i in operands if i not in self._counts]
+        return not has_order(node) and (bool(counted) or not operands) and all(map(_is_vector, rest))
+
     def _carried(self, node: fx.Node, flow: Flow) -> list[tuple[Axis, Place]]:
+        """The axes that a node's operands explain; what is made of counts alone aligns nothing."""
         found: list[tuple[Axis, Place]] = []
         for i, operand in enumerate(operands_of(node)):
+            if operand in self._counts and node not in self._counts:
+                continue  # one table of angles may number rows and columns
             for axis, place in self._places.get(operand, ()):
                 carried = flow.carry(i, place)
                 if isinstance(carried, Lost) or flow.back(i, carried) is None:
@@ -174,6 +188,11 @@ class Axes:
 
 def _same_place(a: Place, b: Place) -> bool:
     return a.dim == b.dim and same(a.n, b.n) and same(a.outer, b.outer) and same(a.inner, b.inner)
+
+
+def _is_vector(node: fx.Node) -> bool:
+    """A buffer of one dimension."""
+    return node.op != "call_function" and node.meta["val"].dim() <= 1 and not node.meta.get("needs_grad")
 
 
 def _fits(place: Place, extent: object) -> bool:

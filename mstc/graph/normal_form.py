@@ -112,6 +112,13 @@ def _refuse_unknown(gm: fx.GraphModule) -> None:
                     node.name,
                     source_of(node),
                 )
+            if node.target in (torch.Tensor.set_, "set_"):
+                raise NotNormalError(
+                    "a tensor gets the memory of another inside the function (tensor.data = ..., module.to(...))",
+                    node.name,
+                    source_of(node),
+                    remedy="assign before the compiled function is called",
+                )
             if compat.is_transform_switch(node):
                 raise NotNormalError("the graph holds a function transform (vmap, grad)", node.name, source_of(node))
             if node.target is compat.autograd_function_apply:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mstc.graph.axes import Axes, NotTokenwise, Tokenwise
 from mstc.graph.places import Place
-from testkit.capture import node, normal_graph, randn
+from testkit.capture import dynamic_graph, node, normal_graph, randn
 
 aten = torch.ops.aten
 
@@ -107,6 +108,34 @@ def test_features_of_a_norm_cannot_be_cut() -> None:
     for place_axis in axes.of(norm):
         proof = axes.tokenwise(norm, place_axis)
         assert isinstance(proof, NotTokenwise) or proof.place.dim < 2
+
+
+FREQUENCIES = 1 / (1 + torch.arange(4))
+
+
+def grid(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(x.shape[2]), indexing="ij")
+    return rows.unsqueeze(-1), columns.unsqueeze(-1)
+
+
+def angles(x: Tensor) -> tuple[Tensor, Tensor]:
+    table = torch.arange(x.shape[1]).unsqueeze(-1) * FREQUENCIES
+    return table.sin().unsqueeze(1), table.cos().unsqueeze(0)
+
+
+@pytest.mark.parametrize("positions", [grid, angles])
+def test_positions_of_a_square_picture_are_two_axes(positions: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """One count numbers rows and columns: graphs hold it, and what is made of it, once."""
+
+    def with_positions(x: Tensor) -> Tensor:
+        rows, columns = positions(x)
+        return (x + rows * columns).flatten(1, 2).sin()
+
+    graph = dynamic_graph(with_positions, randn(2, 6, 6, 4)).graph
+    axes, sin = Axes(graph), graph.output_node().args[0][0]
+    found = {axes.find(a) for a, p in axes._places[sin] if p.dim == 1}
+    assert len(found) == 2
+    assert all(isinstance(axes.tokenwise(sin, a), Tokenwise) for a in found)
 
 
 def test_an_outer_sum_is_no_token_axis() -> None:

@@ -17,6 +17,7 @@ import mstc.backend
 from mstc.graph.checker import check
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
 from mstc.graph.provenance import source_of
+from testkit.exactness import chunked, compare
 
 aten = torch.ops.aten
 EAGER = {"lower": "eager"}
@@ -217,6 +218,43 @@ def test_an_input_that_changes_its_shape_is_refused() -> None:
     graph.output((graph.call_method("t_", (x,)),))
     with pytest.raises(NotNormalError, match="shape or strides changed in place"):
         normalize(fx.GraphModule(nn.Module(), graph), [torch.randn(2, 3)])
+
+
+def test_a_parameter_that_gets_other_memory_is_refused() -> None:
+    """``module.to(device)`` inside the function: offloaded experts do that. The step runs as it came."""
+    model = nn.Linear(4, 4).double()
+
+    def step(x: Tensor) -> Tensor:
+        model.weight.data = model.weight.data * 0.5
+        return model.to("cpu")(x).square().mean()
+
+    start = model.weight.detach().clone()
+
+    def again(x: Tensor) -> Tensor:
+        model.weight.data = start.clone()
+        return step(x)
+
+    result = compare(again, dict(model.named_parameters()), [torch.randn(6, 4, dtype=torch.float64)])
+    result.check()
+    assert any("memory of another" in r.reason and r.source for report in result.reports for r in report.refusals)
+
+
+TYPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "values": lambda x: x * torch.Tensor([9.0]),
+    "cast": lambda x: x * torch.Tensor([1, 2, 3, 4]).to(x),
+    "indices": lambda x: x[..., torch.LongTensor([2, 0])],
+    "sizes, filled": lambda x: x + torch.FloatTensor(1, 4).fill_(2.0),
+}
+
+
+@pytest.mark.parametrize("fn", TYPED.values(), ids=TYPED)
+def test_tensors_made_by_their_type(fn: Callable[[Tensor], Tensor]) -> None:
+    """``torch.Tensor`` and its kind, which old code calls inside of forward."""
+    model = nn.Linear(4, 4).double()
+    inputs = [torch.randn(2, 30, 4, dtype=torch.float64)]
+    result = compare(lambda x: fn(model(x)).square().mean(), dict(model.named_parameters()), inputs, chunked(7, 5))
+    result.check()
+    assert result.loops
 
 
 def test_source_lines_are_kept() -> None:

@@ -27,7 +27,7 @@ from mstc.graph.places import Place
 from mstc.graph.reach import ancestors
 from mstc.graph.regions import Region
 from mstc.graph.rules.call import operands_of
-from mstc.graph.selections import Rows, Selection, reshape, row_axes, select, selections_of
+from mstc.graph.selections import Rows, Selection, about_logits, reshape, row_axes, select, selections_of
 from mstc.graph.sizes import product, shape_of, size
 from mstc.ops.body import takes_shape, with_shape
 from mstc.passes.base import Context, Pass, refuse
@@ -64,17 +64,19 @@ class SelectSite:
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[SelectSite | Refusal]:
     known = ctx.analysis(gm)
+    told: list[Refusal] = []
     for region in known.regions:
         heads = [(g, head_of(region, _values(g))) for g in _groups(known.axes, region)]
         kept, refusals = _own_heads(region, [h for h in heads if gains(region, *h)])
         if _repeats_work(kept) or _repeats_gradients(kept):
-            told = "what is selected, together, costs more than all of it"
-            kept, refusals = [], [*refusals, refuse("select", kept[0][0][0].node, told)]
+            reason = "what is selected, together, costs more than all of it"
+            kept, refusals = [], [*refusals, refuse("select", kept[0][0][0].node, reason)]
         # What is left may be less once a few rows are computed apart: the pass runs again.
         few = _few_rows(region, heads) if refusals else []
-        yield from () if few else refusals
+        told += [] if few else refusals
         for group, head in few or kept:
             yield _site(known.axes, group, head)
+    yield from about_logits(gm.graph, told)
 
 
 def _groups(axes: Axes, region: Region) -> list[list[Selection]]:

@@ -26,7 +26,7 @@ from mstc.graph.editor import Editor, has_order
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
 from mstc.graph.rules.call import operands_of
-from mstc.graph.selections import Rows, Selection, reshape, row_axes, select, selections_of
+from mstc.graph.selections import Rows, Selection, about_logits, reshape, row_axes, select, selections_of
 from mstc.graph.sizes import Size, same, shape_of
 from mstc.ops.body import takes_shape, with_shape
 from mstc.passes.base import Context, Pass, refuse
@@ -56,12 +56,18 @@ class SinkSite:
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[SinkSite | Refusal]:
     known = ctx.analysis(gm)
+    refusals: list[Refusal] = []
     for region in known.regions:
         for cut in _slices(known.axes, region):
             axis = _own_axis(known.axes, cut)
             stretch = _start_and_step(cut)
             if axis is not None and stretch is not None:
-                yield _site(known.axes, cut, axis, *stretch)
+                found = _site(known.axes, cut, axis, *stretch)
+                if isinstance(found, SinkSite):
+                    yield found
+                else:
+                    refusals.append(found)
+    yield from about_logits(gm.graph, refusals)
 
 
 def _slices(axes: Axes, region: Region) -> Iterator[Selection]:

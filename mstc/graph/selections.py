@@ -17,11 +17,14 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis
+from mstc.graph.costs import is_heavy
 from mstc.graph.editor import Editor
 from mstc.graph.places import Place
+from mstc.graph.reach import ancestors
 from mstc.graph.rules.call import Call
 from mstc.graph.rules.pointwise import is_pointwise
 from mstc.graph.sizes import Size, product, quotient, same, shape_of, size
+from mstc.report import Refusal
 
 aten = torch.ops.aten
 
@@ -248,3 +251,11 @@ def reshape(editor: Editor, x: fx.Node, shape: Sequence[Size], like: fx.Node) ->
     if len(held) == len(shape) and all(map(same, held, shape)):
         return x
     return editor.call(aten.reshape.default, (x, [editor.number(s, like=like) for s in shape]), like=like)
+
+
+def about_logits(graph: fx.Graph, refusals: Sequence[Refusal]) -> list[Refusal]:
+    """The refusals that matter: what a matrix product is made of later on is a slice in the trunk, of no logits."""
+    if not refusals:
+        return []
+    trunk = {n.name for n in ancestors(filter(is_heavy, graph.nodes))}
+    return [r for r in refusals if r.node not in trunk]

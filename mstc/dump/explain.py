@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.around import lowered_around
+from mstc.assume import offered_buffers
 from mstc.compat import autocast
 from mstc.dump.environment import command_line, versions
 from mstc.dump.files import Drawn
@@ -79,6 +80,7 @@ def _explain_graph(captured: compat.Captured, options: Options, report: Report) 
     report.timings["normal_form"] = time.perf_counter() - started
     recording = Recording(form.training)
     ctx = Context(options, form.training, compile_body=_not_compiled, explained=True)
+    ctx.facts["inputs"] = dict(offered_buffers(form.gm, captured.inputs))
     with autocast.off_at_run_time():
         run(form.gm, ctx, report, [recording])
     report.around = lowered_around(form.gm, options)

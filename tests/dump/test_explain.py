@@ -13,6 +13,7 @@ from mstc.compat import FakeTensorMode
 from mstc.dump.model import Dump
 from mstc.passes.order import PASSES
 from testkit.dumps import OPTIONS
+from testkit.homegrown import NanoGPT
 from testkit.tiny import Tiny, inputs, mean_loss, step
 
 
@@ -32,6 +33,17 @@ def test_explain_tells_what_a_compilation_would_do() -> None:
     assert report.regions == compiled.regions and report.edits == compiled.edits
     assert report.refusals == compiled.refusals and report.fidelity == compiled.fidelity
     assert [e.pass_name for e in report.edits] == ["token_losses", "lm_head", "mini_sequence", "mini_sequence"]
+
+
+def test_a_mask_in_a_buffer_is_read_as_a_compilation_reads_it() -> None:
+    model, ids = NanoGPT(fused=False), torch.randint(0, 50, (2, 20))
+    report = mstc.explain(model, ids, options=OPTIONS)
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    torch.compile(model, backend="mstc", options=OPTIONS)(ids)
+    (compiled,) = mstc.reports()
+    assert report.regions == compiled.regions and report.edits == compiled.edits
+    assert [r.label for r in report.regions if r.kind == "mixer"] == ["attention (causal)"] * 2
 
 
 def test_explaining_neither_runs_nor_spoils_what_runs_later() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,3 +119,9 @@ def test_exact_and_in_loops(name: str) -> None:
     assert len(left) == len(case.outside), left
     assert all(str(shape) in text for shape, text in zip(case.outside, left, strict=True)), left
     assert result.loops >= case.loops
+    regions = result.reports[0].regions
+    assert all(r.label and re.search(r"\.py:\d+$", r.source) for r in regions)
+    assert any("MLP" in r.label for r in regions)
+    # T5 adds learned biases, which the fused op is given as a mask.
+    unnamed = [r for r in regions if "(explicit mask)" in r.label]
+    assert bool(unnamed) == (name == "t5"), unnamed

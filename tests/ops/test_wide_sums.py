@@ -14,7 +14,7 @@ from testkit.capture import normal_graph
 from testkit.exactness import chunked, gradients_of
 
 aten = torch.ops.aten
-ROWS = 512
+ROWS, WIDTH = 512, 64
 
 
 class Scale(nn.Module):
@@ -44,6 +44,37 @@ def test_sums_are_rounded_once(dtype: torch.dtype, per_chunk: int) -> None:
     assert torch.equal(got["bias"], exact.to(dtype))
 
 
+class Norm(nn.Module):
+    """A norm of x: the layer before it adds nothing."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(WIDTH, WIDTH), norm
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, dy: Tensor) -> Tensor:
+        return (self.norm(x + torch.tanh(self.up(x))) * dy).sum()
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_scales_of_norms_are_rounded_once(norm: Any) -> None:
+    """Of rows of ones and minus ones, which a norm leaves as they are but for its epsilon."""
+    model = Norm(norm(WIDTH, eps=1e-9)).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(ROWS, WIDTH, generator=generator).argsort(-1)
+    x = torch.where(order < WIDTH // 2, 1.0, -1.0)[None].bfloat16()
+    dy = torch.randn(1, ROWS, WIDTH, generator=generator).bfloat16()
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="mstc", options=chunked(2, 2, "eager"))
+    _, got = gradients_of(fast, dict(model.norm.named_parameters()), (x, dy))
+    exact = {"weight": (dy.double() * x.double()).sum((0, 1)), "bias": dy.double().sum((0, 1))}
+    for name, value in got.items():
+        assert value is not None and value.dtype is torch.bfloat16
+        half_a_step = 2.0**-8 * exact[name].abs()
+        assert ((value.double() - exact[name]).abs() <= 1.001 * half_a_step).all(), name
+
+
 def wide(fn: Any, *inputs: Tensor) -> tuple[fx.Node, fx.Node]:
     """The result of the function, and what stands for it."""
     graph = normal_graph(fn, *inputs)
@@ -54,8 +85,12 @@ def wide(fn: Any, *inputs: Tensor) -> tuple[fx.Node, fx.Node]:
     return result, found
 
 
-def test_a_sum_seen_through_views_keeps_its_shape() -> None:
-    result, found = wide(lambda x: x.sum((0, 1), keepdim=True).view(1, 4).reshape(2, 2), torch.ones(3, 5, 4).bfloat16())
+@pytest.mark.parametrize("before", [lambda x: x, lambda x: x.float()], ids=["summed", "summed and rounded"])
+def test_a_sum_seen_through_views_keeps_its_shape(before: Any) -> None:
+    def fn(x: Tensor) -> Tensor:
+        return before(x).sum((0, 1), keepdim=True).to(torch.bfloat16).view(1, 4).reshape(2, 2)
+
+    result, found = wide(fn, torch.ones(3, 5, 4).bfloat16())
     assert found is not result and found.meta["val"].dtype is torch.float32
     assert found.meta["val"].shape == result.meta["val"].shape == (2, 2)
 

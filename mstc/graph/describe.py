@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from mstc.graph.labels import attention_label, is_grouped, region_label
+from mstc.graph.labels import attention_label, is_count, is_grouped, region_label
 from mstc.graph.predicates.reader import Known
 from mstc.graph.provenance import layer_of, module_of, source_of
 from mstc.graph.regions import Region
+from mstc.graph.rules.call import operands_of
 from mstc.graph.written import find_written
 from mstc.graph.written_masks import MaskLabels
 from mstc.report import RegionInfo
@@ -58,7 +59,7 @@ def _grouped(graph: fx.Graph) -> list[list[fx.Node]]:
     """Products of experts' weights, those of one block together: they read the same groups."""
     blocks: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
     for node in filter(is_grouped, graph.nodes):
-        groups = tuple(i for i in node.all_input_nodes if not i.meta["val"].is_floating_point())
+        groups = tuple(filter(is_count, operands_of(node)))
         blocks.setdefault(groups, []).append(node)
     return list(blocks.values())
 

@@ -12,6 +12,7 @@ from mstc.graph.costs import factors_of, is_heavy
 from mstc.graph.reach import descendants
 from mstc.graph.regions import Region
 from mstc.graph.rules import rule_of
+from mstc.graph.rules.call import operands_of
 from mstc.graph.weights import source_of_views, stack_of
 
 aten = torch.ops.aten
@@ -113,15 +114,22 @@ def _is_given(value: fx.Node) -> bool:
 
 def is_grouped(node: fx.Node) -> bool:
     """Products of groups of tokens with the weights of their experts, by an op that no axis rule knows."""
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or rule_of(node.target):
+    made = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(made, torch.Tensor) or rule_of(node.target):
         return False
-    inputs = node.all_input_nodes
-    stacked = any(_is_given(i) and _is_stack(i.meta["val"]) for i in inputs)
-    return stacked and any(not i.meta["val"].is_floating_point() for i in inputs)
+    inputs = operands_of(node)
+    rows = [i for i in inputs if i.meta["val"].is_floating_point() and i.meta["val"].dim() > 1 and not _is_stack(i)]
+    return made.dim() > 1 and bool(rows) and any(map(_is_stack, inputs)) and any(map(is_count, inputs))
 
 
-def _is_stack(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
+def is_count(value: fx.Node) -> bool:
+    """Whether a tensor numbers something, or chooses."""
+    return not value.meta["val"].is_floating_point()
+
+
+def _is_stack(value: fx.Node) -> bool:
+    """The weights of all experts."""
+    return _is_given(value) and not is_count(value) and value.meta["val"].dim() == 3
 
 
 def _first(start: fx.Node, within: set[fx.Node], up: bool, past_sums: bool = False) -> set[fx.Node]:

@@ -14,7 +14,7 @@ from mstc.graph.predicates.reader import Known, Reader
 from mstc.graph.predicates.terms import Expr
 from mstc.graph.predicates.verdict import DROPPED, fact_of
 from mstc.graph.rules.call import Call
-from mstc.graph.sizes import same
+from mstc.graph.sizes import same, size
 from mstc.graph.written import Written
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def _tells_keys(operand: fx.Node, node: fx.Node, written: Written) -> bool:
     """Whether an operand may have another value for another key."""
     shape, place = operand.meta["val"].shape, written.keys[node]
     behind = node.meta["val"].dim() - place.dim
-    return behind <= len(shape) and not same(shape[-behind], 1)
+    return behind <= len(shape) and not same(size(shape[-behind]), 1)
 
 
 def _hides(node: fx.Node, mask: fx.Node) -> bool | None:

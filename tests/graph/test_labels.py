@@ -80,6 +80,11 @@ def test_written_out_attention(chunks: int) -> None:
     assert found[1] == [NORM_QKV, (kind, f"{what} (causal)"), after]
 
 
+def test_rows_that_a_mask_chooses_are_no_experts() -> None:
+    report = mstc.explain(lambda x, keep: x[keep].sin().sum(), torch.randn(2, 3, 4), torch.ones(2, 3).bool())
+    assert not any("experts" in found.label for found in report.regions)
+
+
 def test_an_encoder() -> None:
     found = by_layer(explained(from_auto("AutoModelForMaskedLM", "bert", torch.float32, **SMALL)))
     assert [row for rows in found.values() for row in rows if row[0] == "mixer"] == [

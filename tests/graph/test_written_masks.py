@@ -101,6 +101,19 @@ def test_what_a_call_brings(chunk: int | str) -> None:
     assert label_of(scaled, torch.rand(3, 1, 1, dtype=torch.float64), chunk=chunk).endswith("(causal)")
 
 
+def test_masks_of_any_length() -> None:
+    def attend(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
+        return F.softmax(padded(q @ (k + q).mT, real), -1) @ k
+
+    torch._dynamo.reset()
+    q, k, real = randn(2, 3, S, 4), randn(2, 3, S, 4), torch.ones(2, S).bool()
+    for x, dim in ((q, 2), (k, 2), (real, 1)):
+        torch._dynamo.mark_dynamic(x, dim)
+    options = {"lower": "eager", "query_chunks": {"chunk_tokens": 5}}
+    (found,) = mstc.explain(attend, q, k, real, options=options).regions
+    assert found.label.endswith("(padding)")
+
+
 @pytest.mark.parametrize("lower", ["eager", "inductor"])
 @pytest.mark.parametrize("chunk", ["auto", 5])
 def test_dropout_hides_nothing(chunk: int | str, lower: str) -> None:

@@ -18,10 +18,11 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.editor import has_order
-from mstc.graph.places import Flow, Lost, Place
+from mstc.graph.places import Flow, Lost, Place, fits, same_place
 from mstc.graph.rules import flow_of, rule_of
 from mstc.graph.rules.call import operands_of
 from mstc.graph.sizes import same, shape_of
+from mstc.graph.trail import Trail
 
 Axis = int
 
@@ -54,6 +55,7 @@ class Axes:
         self._places: dict[fx.Node, list[tuple[Axis, Place]]] = {}
         self._flows: dict[fx.Node, Flow | None] = {}
         self._counts: set[fx.Node] = set()
+        self._followed: dict[tuple[fx.Node, Place], Axis] = {}
         for node in graph.nodes:
             self._visit(node)
 
@@ -98,7 +100,7 @@ class Axes:
         for i, operand in enumerate(operands):
             need = flow.back(i, places[0])
             held = self.places(operand, axis)
-            if held and (len(held) > 1 or need is None or not _same_place(held[0], need)):
+            if held and (len(held) > 1 or need is None or not same_place(held[0], need)):
                 return NotTokenwise(f"{node.target} needs all indices of the axis of its operand {operand.name}")
             needs.append(need)
         if not any(needs) and not flow.repeats:
@@ -120,6 +122,20 @@ class Axes:
         if lost and all(how is Lost.SUMMED for how in lost):
             return NotTokenwise(f"{node.target} sums over the axis", sums=True)
         return NotTokenwise(f"{node.target} mixes the axis")
+
+    # -- sides of pairs ----------------------------------------------------------------------
+
+    def follow(self, start: fx.Node, place: Place) -> Axis:
+        """A new axis, which stands at one place of a value and wherever rules lead from there.
+
+        It tells two sides of a grid of pairs apart, which an op aligned somewhere.
+        """
+        if (start, place) not in self._followed:
+            self._parent.append(len(self._parent))
+            self._followed[start, place] = self._parent[-1]
+            for node, one in Trail(self._flows, self._counts).follow(start, place):
+                self._places[node].append((self._parent[-1], one))
+        return self._followed[start, place]
 
     # -- inference ---------------------------------------------------------------------------
 
@@ -155,7 +171,7 @@ class Axes:
                 if isinstance(carried, Lost) or flow.back(i, carried) is None:
                     continue
                 for other, known in found:
-                    if _same_place(known, carried):
+                    if same_place(known, carried):
                         self._unite(other, axis)
                         break
                 else:
@@ -172,7 +188,7 @@ class Axes:
             return
         shape = shape_of(value)
         # Pieces of unequal sizes: the places in the first say nothing of the others.
-        places = [(a, p) for a, p in carried if p.dim < len(shape) and _fits(p, shape[p.dim])]
+        places = [(a, p) for a, p in carried if p.dim < len(shape) and fits(p, shape[p.dim])]
         explained = {p.dim for _, p in places}
         for dim, extent in enumerate(shape):
             if dim not in explained and not same(extent, 1):
@@ -186,14 +202,6 @@ class Axes:
             self._parent[max(a, b)] = min(a, b)
 
 
-def _same_place(a: Place, b: Place) -> bool:
-    return a.dim == b.dim and same(a.n, b.n) and same(a.outer, b.outer) and same(a.inner, b.inner)
-
-
 def _is_vector(node: fx.Node) -> bool:
     """A buffer of one dimension."""
     return node.op != "call_function" and node.meta["val"].dim() <= 1 and not node.meta.get("needs_grad")
-
-
-def _fits(place: Place, extent: object) -> bool:
-    return same(place.outer * place.n * place.inner, extent)

@@ -25,6 +25,16 @@ class Place:
     inner: Size = 1
 
 
+def same_place(a: Place, b: Place) -> bool:
+    """Whether two places are one, sizes compared by what is known of them."""
+    return a.dim == b.dim and same(a.n, b.n) and same(a.outer, b.outer) and same(a.inner, b.inner)
+
+
+def fits(place: Place, extent: object) -> bool:
+    """Whether a dimension of this size can hold the place."""
+    return same(place.outer * place.n * place.inner, extent)
+
+
 class Lost(enum.Enum):
     """Why a place of an operand has none in the result."""
 

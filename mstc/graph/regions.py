@@ -12,7 +12,7 @@ belong to it: they end it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +127,7 @@ def _token_axes(
     products = [n for n in graph.nodes if weights.in_product(n)]
     features = weights.features(axes, products)
     sequences, perhaps, length = _sequences(graph, axes, weights, position_only(graph))
+    sequences |= _sides_of_pairs(axes, products, features, sequences)
     tried: set[Axis] = set()
     while True:
         flops: dict[Axis, float] = {}
@@ -141,6 +142,20 @@ def _token_axes(
         best = max((a for a in pool if flops[a] >= 0.9 * most), key=lambda a: (length.get(a, 0.0), -a))
         tried.add(best)
         yield best, _proofs(graph, axes, best, taken, drawing)
+
+
+def _sides_of_pairs(axes: Axes, products: Sequence[fx.Node], features: set[Axis], sequences: set[Axis]) -> set[Axis]:
+    """Axes that follow one side of a grid of pairs, whose sides are one axis, so that its rows can be cut.
+
+    Where the sides are a sequence, so is what follows one of them.
+    """
+    rows = dict[Axis, Axis]()  # what is followed, and the axis of whose places
+    for node in products:
+        for axis in axes.of(node) - features - rows.keys():
+            sides = axes.places(node, axis)
+            if len(sides) > 1 and not any(isinstance(axes.tokenwise(node, row), Tokenwise) for row in rows):
+                rows[axes.follow(node, sides[0])] = axis
+    return {row for row, axis in rows.items() if axis in sequences}
 
 
 def _sequences(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mstc.graph.axes import NotTokenwise
 from mstc.graph.regions import left_outside
 from testkit.capture import labels_of, node, randn, regions_of
 
@@ -194,3 +195,36 @@ def test_what_lies_in_no_region_is_told() -> None:
 )
 def test_nothing_is_told_of_what_is_fine(fn: Callable[..., Any]) -> None:
     assert not left(fn, randn(2, 7, 4), UP, DOWN)
+
+
+def triangle(x: Tensor, w: Tensor) -> Tensor:
+    """Each side of the pairs meets the other: they are one axis, and each value has it twice."""
+    left, right = F.linear(x, w).chunk(2, -1)
+    mixed = torch.einsum("bkid,bkjd->bijd", left, right)
+    return F.linear(mixed * x.sigmoid(), w).sum()
+
+
+def relation(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(F.silu(x.unsqueeze(1) + x.unsqueeze(2)), w).sum()
+
+
+@pytest.mark.parametrize(("fn", "shape", "weight"), [(triangle, (1, 6, 6, 4), (8, 4)), (relation, (1, 6, 4), (3, 4))])
+def test_rows_of_pairs_are_cut(fn: Callable[[Tensor, Tensor], Tensor], shape: Any, weight: Any) -> None:
+    graph, axes, regions = regions_of(fn, randn(*shape), randn(*weight))
+    products = graph.find_nodes(op="call_function", target=aten.linear.default)
+    inside = {n for r in regions for n in r.nodes}
+    assert inside.issuperset(products)
+    assert not any(isinstance(axes.tokenwise(n, r.axis), NotTokenwise) for r in regions for n in r.nodes)
+
+
+def test_all_results_of_an_op_are_cut_or_none() -> None:
+    """One side of the queries meets the other side of the keys; both are pieces of one product."""
+
+    def attention(x: Tensor, w: Tensor) -> Tensor:
+        queries, keys = F.linear(x.unsqueeze(1) * x.unsqueeze(2), w).split(4, -1)
+        return (queries @ keys.transpose(-1, -2)).softmax(-1).sum()
+
+    graph, _, regions = regions_of(attention, randn(1, 6, 4), randn(8, 4))
+    (pieces,) = graph.find_nodes(op="call_function", target=aten.split.Tensor)
+    (region,) = (r for r in regions if pieces in r.nodes)
+    assert set(pieces.users) <= set(region.nodes)

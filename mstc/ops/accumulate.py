@@ -29,13 +29,17 @@ class Accumulators:
     def _add_product(self, shared: int, x: torch.Tensor, dy: torch.Tensor, transposed: bool) -> None:
         """W += dy^T x (or x^T dy), rows flattened."""
         dtype = self._program.accumulator_dtype(self._program.shared[shared].dtype)
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
-        dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        x, dy = (factor.reshape(-1, factor.shape[-1]) for factor in (x, dy))
         left, right = (x.t(), dy) if transposed else (dy.t(), x)
-        if shared in self._sums:
-            self._sums[shared].addmm_(left, right)
+        if _multiplied_as_they_are(left, right, dtype):
+            if shared in self._sums:
+                torch.addmm(self._sums[shared], left, right, out_dtype=dtype, out=self._sums[shared])
+            else:
+                torch.mm(left, right, out_dtype=dtype, out=self._empty(shared))
+        elif shared in self._sums:
+            self._sums[shared].addmm_(left.to(dtype), right.to(dtype))
         else:
-            torch.mm(left, right, out=self._empty(shared))
+            torch.mm(left.to(dtype), right.to(dtype), out=self._empty(shared))
 
     def _add(self, shared: int, gradient: torch.Tensor) -> None:
         if shared in self._sums:
@@ -57,3 +61,12 @@ class Accumulators:
         if found is None:
             return empty(value.shape, value.order, value.dtype, value.device).zero_()
         return found.to(value.dtype)
+
+
+def _multiplied_as_they_are(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a GPU multiplies factors in half precision on its tensor cores and adds up in float32.
+
+    Casts to float32 would take it to slower units. PyTorch has such products on CUDA only.
+    """
+    halves = left.dtype is right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+    return halves and dtype is torch.float32 and left.is_cuda and torch.version.hip is None

@@ -31,7 +31,7 @@ from mstc.graph.selections import Rows, Selection, about_logits, reshape, row_ax
 from mstc.graph.sizes import product, shape_of, size
 from mstc.ops.body import takes_shape, with_shape
 from mstc.passes.base import Context, Pass, refuse
-from mstc.plan.split import head_of
+from mstc.plan.split import head_of, read_by
 from mstc.report import Fidelity, Refusal
 
 aten = torch.ops.aten
@@ -150,20 +150,13 @@ def gains(region: Region, group: list[Selection], head: Collection[fx.Node]) -> 
     if not any(map(is_heavy, head)):
         return False
     made = sum(map(nbytes, _values(group)))
-    narrow = NARROW * made < _read(region, head) < max(map(nbytes, head))
+    narrow = NARROW * made < read_by(region, head) < max(map(nbytes, head))
     return narrow or _is_wide(region, group, head)
 
 
 def _is_wide(region: Region, group: list[Selection], head: Collection[fx.Node]) -> bool:
     """Whether what is selected from is more than what it is made of."""
-    return _read(region, head) < sum(map(nbytes, _values(group)))
-
-
-def _read(region: Region, head: Collection[fx.Node]) -> int:
-    """Bytes of the rows that the head reads."""
-    tokens = {n for n, _ in region.tokens}
-    inputs = {i for n in head for i in n.all_input_nodes if i not in head}
-    return sum(nbytes(i) for i in inputs if i in tokens or i in region.proofs)
+    return read_by(region, head) < sum(map(nbytes, _values(group)))
 
 
 def _share(group: list[Selection], unknown: float = 0.0) -> float:

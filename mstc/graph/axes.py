@@ -99,7 +99,7 @@ class Axes:
         needs: list[Place | None] = []
         for i, operand in enumerate(operands):
             need = flow.back(i, places[0])
-            held = self.places(operand, axis)
+            held = [] if self._is_filled(operand) else self.places(operand, axis)
             if held and (len(held) > 1 or need is None or not same_place(held[0], need)):
                 return NotTokenwise(f"{node.target} needs all indices of the axis of its operand {operand.name}")
             needs.append(need)
@@ -152,6 +152,30 @@ class Axes:
             if self._is_counted(node):
                 self._counts.add(node)
             self._bear(node, self._carried(node, flow) if flow is not None else [])
+            if flow is not None:
+                self._hand_back(node, flow)
+
+    def _hand_back(self, node: fx.Node, flow: Flow) -> None:
+        """Let what is made of counts, which aligns nothing, have the axes of all that it is used for."""
+        for i, operand in enumerate(operands_of(node)):
+            if operand in self._counts and node not in self._counts:
+                for axis, place in self._places[node]:
+                    self._give(operand, axis, flow.back(i, place))
+
+    def _give(self, node: fx.Node, axis: Axis, place: Place | None) -> None:
+        if place is None or any(same_place(place, known) for known in self.places(node, self.find(axis))):
+            return
+        self._places[node].append((axis, place))
+        flow = self._flows.get(node)
+        if flow is not None:
+            for i, operand in enumerate(operands_of(node)):
+                if operand in self._counts:
+                    self._give(operand, axis, flow.back(i, place))
+
+    def _is_filled(self, node: fx.Node) -> bool:
+        """Whether any piece of a value is like any other."""
+        flow = self._flows.get(node)
+        return flow is not None and flow.repeats and not operands_of(node)
 
     def _is_counted(self, node: fx.Node) -> bool:
         """Whether a value is made from nothing, or of such values and frequencies: positions, tables of angles."""

@@ -80,7 +80,7 @@ def _role(heavy: fx.Node, within: set[fx.Node]) -> str:
         return "experts"
     before = _first(heavy, within, up=True)
     after = _first(heavy, within, up=False)
-    if any(n.target in _SELECTS for n in after):
+    if _chooses(heavy):
         return "router"
     if _gates(before) or _gates(after):
         return "gated MLP"
@@ -147,6 +147,20 @@ def _first(start: fx.Node, within: set[fx.Node], up: bool, past_sums: bool = Fal
         if node in within and (past_sums or not _adds(node)):
             stack.extend(node.all_input_nodes if up else node.users)
     return found
+
+
+def _chooses(product: fx.Node) -> bool:
+    """Whether a product leads to a choice, in its region or behind it, past no other product and no residual sum."""
+    seen: set[fx.Node] = set()
+    stack = list(product.users)
+    while stack:
+        node = stack.pop()
+        if node.target in _SELECTS:
+            return True
+        if node not in seen and not (is_heavy(node) or _attends(node) or _adds(node)):
+            seen.add(node)
+            stack.extend(node.users)
+    return False
 
 
 def _adds(node: fx.Node) -> bool:

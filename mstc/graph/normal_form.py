@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,32 +22,23 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph import functions
 from mstc.graph.detached import with_own_memory
-from mstc.graph.editor import Editor, passes_gradients
+from mstc.graph.editor import passes_gradients
 from mstc.graph.hooks import fold_hooks
 from mstc.graph.lengths import size_by_inputs
 from mstc.graph.masked_rows import read_rows
+from mstc.graph.not_normal import NotNormalError as NotNormalError
 from mstc.graph.numbers import numbers_as_tensors
+from mstc.graph.own_rows import read_own_rows
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
 from mstc.graph.provenance import source_of
 from mstc.graph.rules import rule_of
-from mstc.graph.sizes import shape_of
+from mstc.graph.spelling import spell_out
 from mstc.graph.twice import compute_once
 
 aten = torch.ops.aten
 
 _CARRIED = ("grapharg", "tensor_dict", "example_value", "steal_arg", "_fake_tensor")
 _ASSERTS = (aten._assert_tensor_metadata.default,)
-
-
-class NotNormalError(Exception):
-    """The graph as a whole cannot be brought to normal form; it is lowered as it was.
-
-    node, source: where the obstacle stands ("" if it is not one node's).
-    """
-
-    def __init__(self, reason: str, node: str = "", source: str = "", remedy: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.node, self.source, self.remedy = reason, node, source, remedy
 
 
 @dataclass(frozen=True)
@@ -84,8 +74,8 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     _mark_held(traced.gm, inputs)
     _drop_asserts(graph)
     _note_effects(graph)
-    _spell_copies(traced.gm)
-    _spell_strided_writes(traced.gm)
+    spell_out(traced.gm)
+    read_own_rows(traced.gm)
     _fold_grad_mode(graph, fakes, grad_mode)
     compute_once(traced.gm, read_rows(traced.gm))
     size_by_inputs(traced.gm)
@@ -205,44 +195,6 @@ def _note_effects(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if isinstance(node.target, compat.OpOverload) and not node.target._schema.returns:
             node.meta.setdefault("val", None)
-
-
-def _spell_copies(gm: fx.GraphModule) -> None:
-    """``aten.copy``, which functionalization leaves for ``copy_``, has no derivative: cast and expand instead."""
-    editor = Editor(gm)
-    for node in gm.graph.find_nodes(op="call_function", target=aten.copy.default):
-        call = partial(editor.call, like=node)
-        value, source = node.meta["val"], node.args[1]
-        if source.meta["val"].dtype != value.dtype:
-            source = call(aten._to_copy.default, (source,), {"dtype": value.dtype})
-        shape = [editor.number(n, like=node) for n in shape_of(value)]
-        whole = call(aten.expand.default, (source, shape))
-        node.replace_all_uses_with(call(aten.clone.default, (whole,)))
-        gm.graph.erase_node(node)
-
-
-def _spell_strided_writes(gm: fx.GraphModule) -> None:
-    """``as_strided_scatter`` (of ``fill_diagonal_``) has a wrong derivative in PyTorch: a scatter instead."""
-    found = gm.graph.find_nodes(op="call_function", target=aten.as_strided_scatter.default)
-    editor = Editor(gm)
-    for node in found:
-        x, source, size, stride, *given = node.args
-        whole = x.meta["val"]
-        offset = given[0] if given else whole.storage_offset()
-        if not all(isinstance(n, int) for n in (*size, *stride, offset, *whole.shape)) or not whole.is_contiguous():
-            raise NotNormalError(
-                "a strided view of a tensor of dynamic size or not contiguous is written to", node.name
-            )
-        call = partial(editor.call, like=node)
-        places: Any = offset - whole.storage_offset()
-        for n, step in zip(size, stride, strict=True):
-            along = call(aten.mul.Tensor, (call(aten.arange.default, (n,), {"device": whole.device}), step))
-            rest = call(aten.unsqueeze.default, (places, -1)) if isinstance(places, fx.Node) else places
-            places = call(aten.add.Tensor, (along, rest))
-        flat, places, values = (call(aten.reshape.default, (v, [-1])) for v in (x, places, source))
-        written = call(aten.scatter.src, (flat, 0, places, values))
-        node.replace_all_uses_with(call(aten.reshape.default, (written, list(whole.shape))))
-        gm.graph.erase_node(node)
 
 
 def _fold_grad_mode(graph: fx.Graph, fakes: Sequence[Any], grad_mode: bool) -> None:

@@ -1,12 +1,7 @@
 """Regions: maximal convex stretches of nodes that are tokenwise along one axis.
 
-Finding edits nothing. With T the set of tokenwise nodes of an axis, give every node a stage:
-
-    stage(n) = max over operands p of  stage(p) + 1 if p in T and n not in T, else stage(p)
-
-A path that leaves T and comes back raises the stage, so the nodes of T with equal stage form convex
-stretches; their connected components are the regions. Sums over the axis of a region's values
-belong to it: they end it.
+Finding edits nothing. Which nodes form a stretch is found by stages (`mstc.graph.convex`). Sums over the axis of a
+region's values belong to it: they end it.
 """
 
 from __future__ import annotations
@@ -14,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes, Axis, NotTokenwise, Tokenwise
+from mstc.graph.convex import stretches
 from mstc.graph.costs import factors_of, is_heavy, matmul_flops, nbytes
 from mstc.graph.draws import draws_mask
 from mstc.graph.editor import has_order
@@ -75,7 +72,7 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
     taken = set(outside)
     weights = Weights(graph)
     for axis, proofs in _token_axes(graph, axes, weights, taken, drawing):
-        for nodes in _components(graph, proofs):
+        for nodes in stretches(graph, proofs, partial(_is_sum, axes, axis)):
             if any(weights.in_product(n) for n in nodes):
                 # A sum may be tokenwise along another axis: it belongs to the region that claims it first.
                 sums = [s for s in _sums_of(axes, axis, sorted(nodes, key=order.__getitem__)) if s not in taken]
@@ -284,48 +281,14 @@ def _sums_of(axes: Axes, axis: Axis, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     for node in nodes:
         for user in node.users:
-            proof = axes.tokenwise(user, axis)
-            if isinstance(proof, NotTokenwise) and proof.sums and len(operands_of(user)) == 1:
+            if _is_sum(axes, axis, user):
                 found[user] = None
     return list(found)
 
 
-def _components(graph: fx.Graph, proofs: Mapping[fx.Node, Tokenwise]) -> list[set[fx.Node]]:
-    stage: dict[fx.Node, int] = {}
-    parent: dict[fx.Node, fx.Node] = {}
-
-    def find(node: fx.Node) -> fx.Node:
-        while parent[node] is not node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for node in graph.nodes:
-        inside = node in proofs
-        stage[node] = max(
-            (stage[p] + (1 if p in proofs and not inside else 0) for p in node.all_input_nodes), default=0
-        )
-    _lift_masks(stage, proofs)
-    for node in proofs:
-        parent[node] = node
-        for p in node.all_input_nodes:
-            if p in proofs and stage[p] == stage[node]:
-                parent[find(node)] = find(p)
-    groups: dict[fx.Node, set[fx.Node]] = {}
-    for node in proofs:
-        groups.setdefault(find(node), set()).add(node)
-    return list(groups.values())
-
-
-def _lift_masks(stage: dict[fx.Node, int], proofs: Mapping[fx.Node, Tokenwise]) -> None:
-    """Put what is made of random draws alone into the stage of its first user: it waits for nothing."""
-    masks: set[fx.Node] = set()
-    for node in proofs:
-        if node.all_input_nodes and all(i in masks or has_order(i) for i in node.all_input_nodes):
-            masks.add(node)
-    for node in reversed(list(proofs)):
-        if node in masks and node.users and all(u in proofs for u in node.users):
-            stage[node] = max(stage[node], min(stage[u] for u in node.users))
+def _is_sum(axes: Axes, axis: Axis, node: fx.Node) -> bool:
+    proof = axes.tokenwise(node, axis)
+    return isinstance(proof, NotTokenwise) and proof.sums and len(operands_of(node)) == 1
 
 
 def _may_enter(node: fx.Node) -> bool:

@@ -11,16 +11,14 @@ cut off by a minimum cut as well.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
-import torch
 import torch.fx as fx
 
 from mstc.graph.axes import Axes
 from mstc.graph.costs import is_heavy, nbytes
+from mstc.graph.cuts import narrowest
 from mstc.graph.reach import ancestors, descendants
 from mstc.graph.regions import Region, make_region
 
@@ -32,44 +30,6 @@ class Part:
     region: Region
     recompute: bool = False
     loss: bool = False
-
-
-def narrowest(
-    within: set[fx.Node],
-    fixed: set[fx.Node],
-    sinks: Sequence[fx.Node],
-    free: set[fx.Node],
-    weight: Callable[[fx.Node], float],
-) -> set[fx.Node]:
-    """The nodes of ``within`` on the sinks' side of a minimum cut.
-
-    fixed: may not be on that side (their values, or values after them, are cut); free: values
-    that cost nothing to cut; inputs from outside ``within`` cost nothing either.
-    """
-    graph = nx.DiGraph()
-    for node in within:
-        multiple = not isinstance(node.meta.get("val"), torch.Tensor)
-        capacity = 0.0 if node in free else math.inf if multiple else weight(node)
-        _edge(graph, (node, 0), (node, 1), capacity)
-        for i in node.all_input_nodes:
-            if i in within:
-                _edge(graph, (i, 1), (node, 0), math.inf)
-        if node in fixed:
-            _edge(graph, "source", (node, 0), math.inf)
-    for sink in sinks:
-        _edge(graph, (sink, 0), "sink", math.inf)
-    if "source" not in graph or "sink" not in graph:
-        return ancestors(sinks, within)
-    # Of several minimum cuts networkx gives the one nearest to the target; so the source is made that.
-    _, (_, near) = nx.minimum_cut(graph.reverse(copy=True), "sink", "source")
-    return ancestors(sinks, {n for n in within if (n, 0) not in near})
-
-
-def _edge(graph: nx.DiGraph, a: object, b: object, capacity: float) -> None:
-    if math.isinf(capacity):
-        graph.add_edge(a, b)  # networkx reads a missing capacity as unbounded
-    else:
-        graph.add_edge(a, b, capacity=capacity)
 
 
 def split_head(axes: Axes, region: Region) -> tuple[Region | None, Region]:
@@ -86,12 +46,41 @@ def split_head(axes: Axes, region: Region) -> tuple[Region | None, Region]:
 
 
 def head_of(region: Region, ends: Sequence[fx.Node]) -> set[fx.Node]:
-    """What leads to ``ends`` from the narrowest values before its last matrix products."""
+    """What leads to ``ends`` from the narrowest values before its last matrix products.
+
+    Where these read something wider than the products before them do (a soft embedding reads probabilities of all
+    classes), those belong to the head too.
+    """
     within = ancestors(ends, set(region.nodes))
-    heavy = {n for n in within if is_heavy(n)}
-    last = {n for n in heavy if not (descendants([n], within) - {n}) & heavy}
+    products = {n for n in within if is_heavy(n)}
+    last = _last(products, within)
+    head = _from_narrowest(products, last, ends, within)
+    while before := _last(products - last, within):
+        more = _from_narrowest(products, last | before, ends, within)
+        if read_by(region, more) >= read_by(region, head):
+            break
+        last, head = last | before, more
+    return head
+
+
+def read_by(region: Region, head: Collection[fx.Node]) -> int:
+    """Bytes of what a part of a region reads of its tokens."""
+    tokens = {n for n, _ in region.tokens}
+    inputs = {i for n in head for i in n.all_input_nodes if i not in head}
+    return sum(nbytes(i) for i in inputs if i in tokens or i in region.proofs)
+
+
+def _last(products: set[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+    """The products that no other one of them reads."""
+    return {n for n in products if not (descendants([n], within) - {n}) & products}
+
+
+def _from_narrowest(
+    products: set[fx.Node], last: set[fx.Node], ends: Sequence[fx.Node], within: set[fx.Node]
+) -> set[fx.Node]:
+    """What leads to the ends, with the last products, from the narrowest values behind all other products."""
     # What leads to earlier products stays with them: the rest may not read what the head makes.
-    before = ancestors(heavy - last, within) - set(ends)
+    before = ancestors(products - last, within) - set(ends)
     # The last products belong to the head even where their own results are the narrowest values.
     return narrowest(within, before, [*ends, *last], set(), nbytes) if before else within
 

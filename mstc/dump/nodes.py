@@ -14,7 +14,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.dump.model import Node
 from mstc.graph.costs import attention_flops, matmul_flops, nbytes
-from mstc.graph.provenance import dotted, module_of, source_line
+from mstc.graph.provenance import module_of, source_line, title_of
 from mstc.ops.loop import is_loop
 from mstc.ops.program import known, program
 from mstc.plan.words import counted
@@ -57,7 +57,7 @@ class Recorder:
             name=self.name(node.name),
             kind=_kind(node),
             op=short(op_name(node)),
-            title=short(_title(node)),
+            title=short(title_of(node)),
             args=short(self._args(node)),
             inputs=tuple(self.name(i.name) for i in node.all_input_nodes),
             value=short(value_text(_value(node))),
@@ -130,15 +130,6 @@ def _kind(node: fx.Node) -> str:
     if node.op == "placeholder":
         return compat.input_kind(node)
     return {"get_attr": "constant", "output": "output"}.get(node.op, "op")
-
-
-def _title(node: fx.Node) -> str:
-    """The user's own name of an input: ``model.layers.0.mlp.up_proj.weight``, ``ids``."""
-    if node.op != "placeholder":
-        return ""
-    path = compat.input_name(node)
-    local = re.fullmatch(r"[LG]\['([^']*)'\]", path)
-    return local[1] if local else dotted(path) or str(node.meta.get("user_name", node.name))
 
 
 def _body(key: object) -> str:

@@ -30,7 +30,7 @@ from mstc.graph.not_normal import NotNormalError as NotNormalError
 from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.own_rows import read_own_rows
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
-from mstc.graph.provenance import source_of
+from mstc.graph.provenance import source_of, title_of
 from mstc.graph.rules import rule_of
 from mstc.graph.spelling import spell_out
 from mstc.graph.twice import compute_once
@@ -66,11 +66,11 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     grad_mode = torch.is_grad_enabled()
     traced = compat.trace_functional(folded, fakes, mode, functions.call, _is_read_whole)
     if traced.retyped:
-        name = placeholders[traced.retyped[0]].name
-        raise NotNormalError(f"input {name} has its shape or strides changed in place", name)
+        changed = placeholders[traced.retyped[0]]
+        raise NotNormalError(f"{title_of(changed)} has its shape or strides changed in place", changed.name)
     graph = traced.gm.graph
-    _write_back(graph, traced.mutated, fakes)
     _carry_metadata(gm, placeholders, traced.gm)
+    _write_back(graph, traced.mutated, fakes)
     _mark_held(traced.gm, inputs)
     _drop_asserts(graph)
     _note_effects(graph)
@@ -150,7 +150,11 @@ def _write_back(graph: fx.Graph, mutated: Sequence[int], fakes: Sequence[Any]) -
             _read_clone(graph, target, placeholders[-1], fakes[index])
         with graph.inserting_before(output):
             if fakes[index].requires_grad:
-                raise NotNormalError(f"input {target.name}, which needs a gradient, is changed in place", target.name)
+                raise NotNormalError(
+                    f"{title_of(target)}, which needs a gradient, is changed in place",
+                    target.name,
+                    remedy="change it outside the compiled function, or call requires_grad_(False) on it (an average)",
+                )
             copy = graph.call_function(aten.copy_.default, (target, value))
             copy.meta["val"] = fakes[index]
     output.args = (tuple(values[:kept]),)

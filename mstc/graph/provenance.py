@@ -6,6 +6,8 @@ import re
 
 import torch.fx as fx
 
+from mstc import compat
+
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _NOT_THE_USERS = ("/torch/nn/", "/torch/_", "/torch/utils/", "/torch/fx/", "/torch/overrides")
 
@@ -48,3 +50,15 @@ def layer_of(node: fx.Node) -> int | None:
         if part.isdigit():
             return int(part)
     return None
+
+
+def title_of(node: fx.Node) -> str:
+    """The user's own name of an input: ``model.layers.0.mlp.up_proj.weight``, ``ids``; "" where a node is no input."""
+    if node.op != "placeholder":
+        return ""
+    path = compat.input_name(node)
+    variable = re.match(r"[LG]\['([^']*)'\]", path)
+    inner = dotted(path)
+    if variable and variable[1] != "self" and "." not in inner:
+        return f"{variable[1]}.{inner}".strip(".")  # a module of one layer: its own name tells it from others
+    return inner or str(node.meta.get("user_name", node.name))

@@ -212,6 +212,22 @@ def test_a_higher_order_op_is_refused() -> None:
     assert len(found) == 1 and "higher-order op cond" in found[0]
 
 
+def test_an_average_that_needs_gradients_is_refused_by_its_name() -> None:
+    model, average = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            average.weight.lerp_(model.weight, 0.1)
+        return (model(x) - average(x)).square().mean()
+
+    torch._dynamo.reset()
+    mstc.clear_reports()
+    torch.compile(step, backend="mstc", options=EAGER)(torch.randn(6, 4)).backward()
+    (refusal,) = mstc.reports()[-1].refusals
+    assert refusal.reason == "average.weight, which needs a gradient, is changed in place"
+    assert "requires_grad_(False)" in refusal.remedy
+
+
 def test_an_input_that_changes_its_shape_is_refused() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

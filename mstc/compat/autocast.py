@@ -49,8 +49,18 @@ _ELSEWHERE = "ipu"
 # Made of one step per token, which would be written out.
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
+# Made of an op without a derivative where none is asked for, which functional tensors do not say.
+_ASKING = ("embedding_bag",)
+
 # Made of a check of success too, which has an effect and no value: only AOTAutograd can keep that in a graph.
-_CHECKED = ("linalg_inv", "linalg_cholesky", "linalg_solve", "linalg_lu_factor", "linalg_ldl_factor")
+_CHECKED = (
+    "linalg_inv",
+    "linalg_cholesky",
+    "linalg_solve",
+    "linalg_lu_factor",
+    "linalg_ldl_factor",
+    "linalg_tensorinv",
+)
 
 # Made of a softmax and a loss, which autocast runs in float32, where it has no kernel of its own.
 _FLOAT32_WHOLE = (aten.cross_entropy_loss.default,)
@@ -199,7 +209,7 @@ def _is_made_of_others(func: OpOverload) -> bool:
     if func.namespace != "aten" or not func._can_decompose() or not _may_be_taken_apart(func):
         return False
     tensors = all("Tensor" in str(r.type) for r in func._schema.returns)
-    return tensors and func.overloadpacket.__name__ not in _RECURRENT
+    return tensors and func.overloadpacket.__name__ not in (*_RECURRENT, *_ASKING)
 
 
 def _may_be_taken_apart(func: OpOverload) -> bool:

@@ -132,11 +132,9 @@ class Editor:
         return found.node if isinstance(found, _Recorded) else found
 
     def length(self, symbol: Size, *, like: fx.Node) -> fx.Node:
-        """A node that holds a dynamic length: an input or a size of one; or of another value, where data decide it."""
-        graph = self.gm.graph
-        made = itertools.takewhile(lambda n: n is not like, (n for n in graph.nodes if n.op == "call_function"))
+        """A node that holds a dynamic length: an input or a size of one, or what made it where data decide it."""
         node: fx.Node
-        for node in [*graph.find_nodes(op="placeholder"), *made]:
+        for node in [n for n in self.gm.graph.nodes if n.op in ("placeholder", "call_function")]:
             value = node.meta["val"]
             if isinstance(value, torch.SymInt) and same(size(value), symbol):
                 return node

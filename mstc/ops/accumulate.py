@@ -29,7 +29,7 @@ class Accumulators:
     def _add_product(self, shared: int, x: torch.Tensor, dy: torch.Tensor, transposed: bool) -> None:
         """W += dy^T x (or x^T dy), rows flattened."""
         dtype = self._program.accumulator_dtype(self._program.shared[shared].dtype)
-        x, dy = (factor.reshape(-1, factor.shape[-1]) for factor in (x, dy))
+        x, dy = (factor.reshape(factor.shape[:-1].numel(), factor.shape[-1]) for factor in (x, dy))
         left, right = (x.t(), dy) if transposed else (dy.t(), x)
         if _multiplied_as_they_are(left, right, dtype):
             if shared in self._sums:

@@ -273,7 +273,7 @@ class _Builder:
         return replace(made, gm=compute_where_read(made.gm, fakes.inputs_of(made.call)))
 
     def joint(self, body: fx.GraphModule, at: _Lengths) -> tuple[Fakes, Joint | None]:
-        """Fakes of the inputs and of the results, and the joint graph of a body where it is differentiable."""
+        """Fakes of the inputs and of the results, and the joint graph of a body where a gradient goes through it."""
 
         def fakes(values: Iterable[Value]) -> list[torch.Tensor]:
             return [v.fake(at.mode, at.values) for v in values]
@@ -282,14 +282,15 @@ class _Builder:
         if not self.differentiable:
             return found, None
         with compat.isolated_tracing(at.mode):
-            return found, trace_joint(body, found, self.needs)
+            made = trace_joint(body, found, self.needs)
+        return found, made if made.differentiates else None
 
     def _program(
         self, key: str, body: BackwardBody | None, forward: dict[int, Body], backward: dict[int, Body]
     ) -> Program:
         recipe = self.recipe
-        token_needs, shared_needs = self.needs.tokens, self.needs.shared
         call = body.call if body is not None else None
+        token_needs, shared_needs = (False,) * len(self.tokens), (False,) * len(self.shared)
         if call is not None:
             token_needs, shared_needs = tuple(map(bool, call.token_sources)), tuple(map(bool, call.shared_sources))
         return Program(

@@ -101,6 +101,11 @@ class Joint:
     token_grads: dict[int, fx.Node]
     shared_grads: dict[int, fx.Node]
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether a gradient goes through the body: an op without a derivative (a Legendre polynomial) lets none."""
+        return bool(self.token_grads or self.shared_grads or any(p.dy is not None for p in self.products))
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -166,7 +171,7 @@ def _product(target: Any, args: list[Any], kwargs: dict[str, Any]) -> torch.Tens
     if target is not aten.linear.default or args[0].dim() < 3:
         return target(*args, **kwargs)  # type: ignore[no-any-return]
     x, *rest = args
-    rows = target(x.reshape(-1, x.shape[-1]), *rest, **kwargs)
+    rows = target(x.flatten(0, -2), *rest, **kwargs)
     return rows.view(*x.shape[:-1], rows.shape[-1])  # type: ignore[no-any-return]
 
 

@@ -75,9 +75,13 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
 
 
 def dense(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """``x`` itself where it lies densely in ``order``, else a copy that does."""
+    """``x`` itself where it lies densely in ``order`` and holds its own numbers, else a copy that does.
+
+    A conjugate may be a view with a mark; bodies are compiled for tensors without one.
+    """
     want = dense_strides(x.shape, order)
-    if all(a == b for a, b, n in zip(x.stride(), want, x.shape, strict=True) if n != 1):
+    marked = x.is_conj() or x.is_neg()
+    if not marked and all(a == b for a, b, n in zip(x.stride(), want, x.shape, strict=True) if n != 1):
         # Strides of dimensions of size 1 reach no element, but kernels read a memory format off all strides.
         return x if x.stride() == want else x.as_strided(x.shape, want)
     return empty_strided(x.shape, want, x.dtype, x.device).copy_(x)

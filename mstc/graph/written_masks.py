@@ -79,9 +79,11 @@ def _is_drawn(value: fx.Node) -> bool:
 
 def _tells_keys(operand: fx.Node, node: fx.Node, written: Written) -> bool:
     """Whether an operand may have another value for another key."""
-    shape, place = operand.meta["val"].shape, written.keys[node]
+    value, place = operand.meta["val"], written.keys[node]
+    if not isinstance(value, torch.Tensor):
+        return False  # a dynamic length is the same for all keys
     behind = node.meta["val"].dim() - place.dim
-    return behind <= len(shape) and not same(size(shape[-behind]), 1)
+    return behind <= value.dim() and not same(size(value.shape[-behind]), 1)
 
 
 def _hides(node: fx.Node, mask: fx.Node) -> bool | None:

@@ -101,9 +101,11 @@ def test_what_a_call_brings(chunk: int | str) -> None:
     assert label_of(scaled, torch.rand(3, 1, 1, dtype=torch.float64), chunk=chunk).endswith("(causal)")
 
 
-def test_masks_of_any_length() -> None:
+@pytest.mark.parametrize("scaled_by_length", [False, True])
+def test_masks_of_any_length(scaled_by_length: bool) -> None:
     def attend(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
-        return F.softmax(padded(q @ (k + q).mT, real), -1) @ k
+        scores = padded(q @ (k + q).mT, real)
+        return F.softmax(scores * (k.shape[2] if scaled_by_length else 1), -1) @ k
 
     torch._dynamo.reset()
     q, k, real = randn(2, 3, S, 4), randn(2, 3, S, 4), torch.ones(2, S).bool()

@@ -55,8 +55,9 @@ def symbolic_lengths(examples: Mapping[str, int]) -> tuple[FakeTensorMode, list[
 def keeps_guards(symbols: Sequence[torch.SymInt], values: Sequence[int]) -> bool:
     """Whether these values agree with all that was decided about `symbolic_lengths` in tracing and compiling."""
     env = symbols[0].node.shape_env
-    known = {s.node.expr: v for s, v in zip(symbols, values, strict=True)}
-    lengths = [v for s, v in zip(symbols, values, strict=True) if s.node.expr.is_positive]
+    # As they were made: ``expr`` has what a length was decided to equal in its place.
+    known = {s.node._expr: v for s, v in zip(symbols, values, strict=True)}
+    lengths = [v for symbol, v in known.items() if symbol.is_positive]
     return min(lengths) >= 2 and all(bool(guard.expr.subs(known)) for guard in env.guards)
 
 

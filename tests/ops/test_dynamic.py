@@ -203,6 +203,16 @@ def test_guards_of_a_symbolic_body() -> None:
     assert not compat.keeps_guards([n], [1])  # lengths of 0 and 1 are never what a symbol was traced for
 
 
+def test_guards_of_lengths_decided_to_be_equal() -> None:
+    """A symbol that a guard ties to a number or to another one is still asked for by its own name."""
+    _, (n, m, k) = compat.symbolic_lengths({"n": 8, "m": 8, "k": 5})
+    assert bool(n == m)
+    assert bool(k == 5)
+    assert compat.keeps_guards([n, m, k], [12, 12, 5])
+    assert not compat.keeps_guards([n, m, k], [12, 13, 5])
+    assert not compat.keeps_guards([n, m, k], [12, 12, 6])
+
+
 def test_a_length_that_breaks_a_guard_gets_a_body_of_its_own() -> None:
     model = Tiny()
     fn = step(model)

@@ -86,10 +86,11 @@ def find_regions(graph: fx.Graph, axes: Axes, drawing: bool = False) -> list[Reg
 def left_outside(graph: fx.Graph, axes: Axes, regions: Iterable[Region]) -> Iterator[tuple[fx.Node, str]]:
     """Products of rows with a weight that no region holds, each with the reason.
 
-    A product of one vector has no rows, and what is made of positions alone is made once for all layers.
+    A product of one vector has no rows, what is made of positions alone is made once for all layers, and what is made
+    of weights alone (an adapter's merged matrix) is no work on tokens.
     """
     weights, inside = Weights(graph), {n for region in regions for n in region.nodes}
-    products = {n: w for n in graph.nodes if (w := weights.in_product(n)) is not None}
+    products = {n: w for n in graph.nodes if (w := weights.in_product(n)) is not None and not weights.is_held(n)}
     left = [n for n, weight in products.items() if n not in inside and _has_rows(n, weight, axes)]
     if not left:
         return

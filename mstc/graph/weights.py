@@ -10,7 +10,7 @@ head of a teacher); with more dimensions it is data. Weights of experts that eac
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.fx as fx
@@ -69,13 +69,28 @@ class Weights:
     def features(self, axes: Axes, products: list[fx.Node]) -> set[Axis]:
         """The axes that stand in the weights of products, but for those along which a weight is repeated (a batch).
 
-        A computed weight may also stand for positions: axes of the inputs' tokens are not counted for it.
+        A computed weight may also stand for positions: axes of the inputs' tokens are not counted for it, nor those
+        along which every row is multiplied by a matrix of its own that was looked up for it (relative positions).
         """
-        found = {stack_of(w) or w for n in products if (w := self.in_product(n)) is not None}
+        pairs = [(n, stack_of(w) or w) for n in products if (w := self.in_product(n)) is not None]
+        found = {w for _, w in pairs}
         own = _own_axes(found, axes)
         plain = {a for w in found if self._is_plain(w) for a in own[w]}
         computed = {a for w in found if not self._is_plain(w) for a in own[w]}
-        return plain | computed - {a for n in self._chosen for a in axes.of(n)}
+        positions = {a for n in self._chosen for a in axes.of(n)}
+        positions |= {a for a in computed - plain if self._is_looked_up(a, axes, pairs)}
+        return plain | computed - positions
+
+    def _is_looked_up(self, axis: Axis, axes: Axes, pairs: Iterable[tuple[fx.Node, fx.Node]]) -> bool:
+        """Whether an axis of computed weights is no parameter's, and stands in the other factor and the result too."""
+        for product, weight in pairs:
+            if axis not in axes.of(weight):
+                continue
+            if any(axis in axes.of(n) for n in ancestors([weight]) if n.op == "placeholder" and _is_float(n)):
+                return False
+            if not all(axis in axes.of(n) for n in (product, *factors_of(product)) if isinstance(n, fx.Node)):
+                return False
+        return True
 
 
 def source_of_views(node: fx.Node) -> fx.Node:

@@ -200,3 +200,53 @@ def test_rows_of_a_table_are_no_experts() -> None:
     far = torch.arange(7)[:, None] - torch.arange(7) + 6
     graph = normal_graph(lambda x, table: torch.einsum("btd,tsd->bts", x, table[far]), randn(2, 7, 4), randn(13, 4))
     assert not [n for n in graph.nodes if stack_of(n) is not None]
+
+
+class Picture(nn.Module):
+    """One picture of rows and columns; attention whose scores know how far apart the rows and columns of a pair are."""
+
+    apart: Tensor
+
+    def __init__(self, side: int, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width).double(), nn.Linear(width, width).double()
+        self.rows, self.columns = (nn.Parameter(randn(2 * side - 1, width)) for _ in range(2))
+        self.register_buffer("apart", torch.arange(side)[:, None] - torch.arange(side) + side - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w, d = x.shape
+        q, k, v = self.qkv(x).flatten(0, 1).chunk(3, -1)
+        pairs = (q @ k.T).view(h, w, h, w)
+        square = q.view(h, w, d)
+        pairs = pairs + torch.einsum("hwc,hkc->hwk", square, self.rows[self.apart])[..., None]
+        pairs = pairs + torch.einsum("hwc,wkc->hwk", square, self.columns[self.apart])[:, :, None]
+        mixed = pairs.view(h * w, h * w).softmax(-1) @ v
+        return x + F.gelu(self.out(mixed)).view(h, w, d)
+
+
+def test_positions_that_are_looked_up_are_no_features() -> None:
+    """Each row of a picture is multiplied by a matrix of its own: that does not make rows features."""
+    model = nn.Sequential(Picture(6, 8), Picture(6, 8))
+    found = compare(lambda x: model(x).square().sum(), dict(model.named_parameters()), (randn(6, 6, 8),), chunked(7, 5))
+    found.check()
+    assert found.loops >= 3
+    assert not [product for graph in found.graphs for product in products_outside(graph)]
+
+
+def test_a_matrix_merged_of_weights_is_not_left_outside() -> None:
+    """Some adapters multiply the identity by their two factors, to know their product's norm (DoRA)."""
+    model = Tiny()
+    base, down, up = (nn.Parameter(randn(*s)) for s in ((8, 8), (2, 8), (8, 2)))
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        merged = F.linear(F.linear(torch.eye(8, dtype=x.dtype), down), up).T
+        scale = 1 / (base + merged).norm(dim=1)
+        hidden = model.features(x)
+        hidden = scale * (F.linear(hidden, base) + F.linear(F.linear(hidden, down), up))
+        return F.cross_entropy(model.head(hidden).flatten(0, 1), labels.flatten())
+
+    leaves = dict(model.named_parameters()) | {"base": base, "down": down, "up": up}
+    found = compare(loss, leaves, inputs(), chunked(7, 5, "eager"))
+    found.check()
+    assert found.loops >= 2
+    assert not [r.reason for report in found.reports for r in report.refusals]

@@ -255,4 +255,18 @@ class _Recorded:
     def __rfloordiv__(self, other: int) -> _Recorded:
         return self._with(operator.floordiv, other, self)
 
+    def __mod__(self, other: Any) -> _Recorded:
+        return self._with(operator.mod, self, other)
+
+    def __rmod__(self, other: int) -> _Recorded:
+        return self._with(operator.mod, other, self)
+
     __radd__, __rmul__ = __add__, __mul__
+
+    @classmethod
+    def __torch_function__(
+        cls, target: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> _Recorded:
+        """`torch.sym_max` and `torch.sym_min`."""
+        one: _Recorded = next(a for a in args if isinstance(a, cls))
+        return one._with(target, *args)

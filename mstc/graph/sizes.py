@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
 import torch
 
 Size = Any  # int, or a sympy expression in positive integer symbols
+
+# PyTorch's own functions of sizes: of padding to whole pieces, n + -n % 4, of a window, min(n, 16).
+_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
 
 
 def size(value: Any) -> Size:
@@ -38,7 +48,7 @@ def symbols_of(sizes: Iterable[Size]) -> tuple[sympy.Symbol, ...]:
 def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
     """The size for these values of its lengths: ints, SymInts or `fx.Proxy` (whose arithmetic is recorded).
 
-    Raises `UnknownSize` for anything but sums, products, whole powers and floor divisions.
+    Raises `UnknownSize` for anything but sums, products, whole powers and ``_FUNCTIONS``.
     """
     if isinstance(size, int):
         return size
@@ -47,7 +57,7 @@ def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
     if size.is_Integer:
         return int(size)
     if not _is_known(size):
-        raise UnknownSize(f"the size {size} is no sum, product or quotient of lengths")
+        raise UnknownSize(f"the size {size} is no sum, product, quotient, remainder, maximum or minimum of lengths")
     parts = [evaluate(a, values) for a in size.args]
     if size.is_Add:
         return functools.reduce(operator.add, parts)
@@ -55,7 +65,7 @@ def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
         return functools.reduce(operator.mul, parts)
     if size.is_Pow:
         return functools.reduce(operator.mul, [parts[0]] * parts[1])
-    return parts[0] // parts[1]
+    return functools.reduce(_FUNCTIONS[_name(size)], parts)
 
 
 def can_evaluate(size: Size) -> bool:
@@ -69,7 +79,11 @@ def _is_known(size: Size) -> bool:
     """Whether the outermost function is one of those that `evaluate` carries out."""
     if size.is_Pow:
         return bool(size.args[1].is_Integer and size.args[1] > 0)
-    return bool(size.is_Add or size.is_Mul) or type(size).__name__ in ("FloorDiv", "CleanDiv")
+    return bool(size.is_Add or size.is_Mul) or _name(size) in _FUNCTIONS
+
+
+def _name(size: sympy.Basic) -> str:
+    return type(size).__name__
 
 
 def same(a: Size, b: Size) -> bool:

@@ -32,7 +32,28 @@ def grown(x: Tensor, w: Tensor) -> Tensor:
     return y.flatten(0, 1) + torch.arange(y.shape[0] * y.shape[1]).view(-1, 1)
 
 
-@pytest.mark.parametrize("fn", [shifted, halved, grown])
+def padded(x: Tensor, w: Tensor) -> Tensor:
+    """To whole patches of four tokens."""
+    y = F.linear(F.pad(x, (0, 0, 0, -x.shape[1] % 4)), w)
+    return y.unflatten(1, (-1, 4)).flatten(2).sum(1)
+
+
+def trimmed(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    return y[:, : y.shape[1] - y.shape[1] % 5].unflatten(1, (-1, 5)).flatten(2).sum(1)
+
+
+def first(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)[:, : min(x.shape[1], 5)]
+    return y.reshape(y.shape[0] * y.shape[1], -1).sum(1)
+
+
+def at_least(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(F.pad(x, (0, 0, 0, max(16 - x.shape[1], 0))), w)
+    return y.reshape(y.shape[0] * y.shape[1], -1).sum(1)
+
+
+@pytest.mark.parametrize("fn", [shifted, halved, grown, padded, trimmed, first, at_least])
 def test_sizes_depend_on_inputs_only(fn: Callable[..., Tensor]) -> None:
     gm = dynamic_graph(fn, torch.randn(2, 12, 8), torch.randn(8, 8))
     sizes = sizes_of(gm)

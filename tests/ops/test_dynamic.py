@@ -69,6 +69,39 @@ def test_padding_of_features_at_any_length(amounts: tuple[int, int]) -> None:
         torch.testing.assert_close(got, torch.autograd.grad(loss(x), [*up.parameters(), *down.parameters()]))
 
 
+def whole_patches(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, -x.shape[1] % 4)).unflatten(1, (-1, 4)).flatten(2)
+
+
+def patches_that_fit(x: Tensor) -> Tensor:
+    return x[:, : x.shape[1] - x.shape[1] % 4].unflatten(1, (-1, 4)).flatten(2)
+
+
+def window(x: Tensor) -> Tensor:
+    return x[:, : min(x.shape[1], 45)].repeat(1, 1, 4)
+
+
+def at_least_45(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 12, 0, max(45 - x.shape[1], 0)))
+
+
+@pytest.mark.parametrize("patches", [whole_patches, patches_that_fit, window, at_least_45])
+def test_patches_at_any_length(patches: Callable[[Tensor], Tensor]) -> None:
+    """How many there are is a quotient of a remainder, or one of two lengths."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 5)).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return model(patches(x)).logsumexp(-1).sum()
+
+    fast = compiled(loss, dynamic=True)
+    for length in (41, 44, 47, 64):
+        agrees(loss, fast, model, (torch.randn(2, length, 4, dtype=torch.float64),))
+    assert graphs() <= 2  # nothing to cut off is a graph of its own, with any backend
+    for report in mstc.reports():
+        assert any(r.loop for r in report.regions), report.refusals
+
+
 def test_writing_to_a_stretch_at_any_length() -> None:
     """As sequence-to-sequence models shift their labels."""
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
 from mstc.ops.dynamic import Body, DynamicBodies
-from mstc.ops.joint import BackwardBody, Fakes, Joint, Needs, backward_body, trace_joint
+from mstc.ops.joint import Backward, BackwardBody, Fakes, Joint, Needs, backward_body, trace_joint
 from mstc.ops.pieces import balanced
 from mstc.ops.program import BodyCosts, Program
 from mstc.ops.where_read import compute_where_read
@@ -324,22 +324,32 @@ def examples_of(region: Region) -> dict[sympy.Symbol, int]:
 
 
 def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Body | None:
-    """The backward body for special lengths, its results in the places where the general one has them.
+    """The backward body for special lengths, called as the general one is, its results in the places of that one's.
 
-    The same node may serve as two results at one length and not at another.
+    With its lengths known a body may read fewer inputs, and the same node may serve as two results.
     """
     run = own.backward
     if own.traced.backward is None or general is None or run is None:
         return run
     a, b = own.traced.backward.call, general.call
-    reads = [(j.tokens, j.shared, j.kept, j.grads) for j in (a, b)]
-    assert reads[0] == reads[1], "a body for special lengths reads other inputs"
+    taken = _inputs_of(a, b)
     pairs = [(a.token_grads[i], at) for i, at in b.token_grads.items()]
     pairs += [(a.shared_grads[j], at) for j, at in b.shared_grads.items()]
     pairs += [p for x, y in zip(a.factors, b.factors, strict=True) for p in ((x.x, y.x), (x.dy, y.dy))]
     pairs += list(zip(a.values, b.values, strict=True))
     places = {at: found for found, at in pairs}
-    return lambda *args: _pick(run(*args), places)
+    return lambda *args: _pick(run(*(args[i] for i in taken)), places)
+
+
+def _inputs_of(own: Backward, general: Backward) -> list[int]:
+    """Where what a body for special lengths reads stands among what the general one is called with."""
+    taken, start = [], 0
+    pairs = (own.tokens, general.tokens), (own.shared, general.shared), (own.kept, general.kept)
+    for reads, there in (*pairs, (own.grads, general.grads)):
+        assert set(reads) <= set(there), "a body for special lengths reads other inputs"
+        taken += [start + there.index(i) for i in reads]
+        start += len(there)
+    return taken
 
 
 def _pick(results: Sequence[Any], places: Mapping[int, int]) -> list[Any]:

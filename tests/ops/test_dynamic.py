@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 import mstc
 from mstc import compat
 from mstc.ops import program as programs
+from mstc.ops.build import _inputs_of
+from mstc.ops.joint import Backward
 from testkit.exactness import chunked, gradient_errors, gradients_of
 from testkit.float64 import true_float64
 from testkit.hf_models import causal, tokens
@@ -234,6 +237,15 @@ def test_guards_of_a_symbolic_body() -> None:
     assert compat.keeps_guards([n], [12])
     assert not compat.keeps_guards([n], [13])
     assert not compat.keeps_guards([n], [1])  # lengths of 0 and 1 are never what a symbol was traced for
+
+
+def test_a_body_for_special_lengths_may_read_less() -> None:
+    """It is called with what the body for all lengths reads, and takes its own inputs of that."""
+    general = Backward((0, 2), (0, 1), (1,), (0, 1), {}, {}, (), (), (), ())
+    assert _inputs_of(general, general) == [0, 1, 2, 3, 4, 5, 6]
+    assert _inputs_of(replace(general, shared=(1,), grads=(1,)), general) == [0, 1, 3, 4, 6]
+    with pytest.raises(AssertionError, match="other inputs"):
+        _inputs_of(replace(general, tokens=(1,)), general)
 
 
 def test_guards_of_lengths_decided_to_be_equal() -> None:

@@ -14,8 +14,9 @@ reverse (the equations are in ``chunked.py``): with W_t = exp(dt_t A) dh_t and P
 
 A tail is padded with zero tokens: dt = 0 leaves the state as it is.
 
-A body takes some 80 us of one thread; its channels are shared among as many as there is work for. Where other programs
-take the cores, threads wait for each other longer than that: `torch.set_num_threads(1)` is faster there.
+A body takes some 40 us of one thread and writes to its arguments; its channels are shared among as many threads as
+there is work for. Where other programs take the cores, they wait for each other longer than that:
+`torch.set_num_threads(1)` is faster there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mstc.kernels.common.segments import Span, count_states, spans, state_dtype
+from mstc.kernels.selective_scan.exponential import exp
 
 __all__ = ["run_backward", "run_forward", "segment_tokens"]
 
@@ -42,6 +44,7 @@ STRETCH = 512
 """Tokens that are converted and padded at once; a multiple of every segment."""
 
 Block = tuple[Tensor, ...]
+Walk = tuple[Callable[..., Block], Sequence[Block]]
 
 
 def segment_tokens(columns: int) -> int:
@@ -56,15 +59,17 @@ def _walk(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[l
     """The decay of each token and the states, the one before the first token included."""
     decays, states = [], [state]
     for x_t, dt_t, b_t in zip(x.unbind(0), dt.unbind(0), b.unbind(0), strict=True):
-        decays.append((dt_t * a).exp())
+        decays.append(exp(dt_t * a))
         states.append(decays[-1] * states[-1] + (dt_t * x_t) * b_t.unsqueeze(-1))
     return decays, states
 
 
-def forward_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Block:
-    """x, dt [L, D], a [N, D], b, c [L, N], state [N, D] -> (y [L, D], state after)."""
+def forward_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, y: Tensor) -> Block:
+    """x, dt [L, D], a [N, D], b, c [L, N]; fills y [L, D] and moves ``state`` [N, D] to after the block."""
     _, states = _walk(x, dt, a, b, state)
-    return (torch.stack(states[1:]) * c.unsqueeze(-1)).sum(1), states[-1]
+    y.copy_((torch.stack(states[1:]) * c.unsqueeze(-1)).sum(1))
+    state.copy_(states[-1])
+    return ()
 
 
 def walk_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Block:
@@ -73,32 +78,47 @@ def walk_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Bl
 
 
 def reverse_block(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, dy: Tensor, state: Tensor, grad_state: Tensor, da: Tensor
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    dy: Tensor,
+    state: Tensor,
+    grad_state: Tensor,
+    da: Tensor,
+    *grads: Tensor,
 ) -> Block:
-    """(dx, ddt, db, dc, dA so far, gradient of the state before); ``grad_state``: that of the state after."""
+    """``state``: before the block. Fills ``grads``, dx, ddt [L, D], db, dc [L, N]; adds to ``da`` [N, D].
+
+    Moves ``grad_state`` [N, D], the gradient of the state after the block, to before it.
+    """
     decays, states = _walk(x, dt, a, b, state)
-    grads: list[Tensor] = []
+    grad, total = grad_state, da
+    dh: list[Tensor] = []
     products: list[Tensor] = []
     for t in reversed(range(x.shape[0])):
-        grads.insert(0, grad_state + dy[t] * c[t].unsqueeze(-1))
-        grad_state = decays[t] * grads[0]
-        products.insert(0, grad_state * states[t])
-        da = da + products[0] * dt[t]
-    dh = torch.stack(grads)
-    du = (dh * b.unsqueeze(-1)).sum(1)
+        dh.insert(0, grad + dy[t] * c[t].unsqueeze(-1))
+        grad = decays[t] * dh[0]
+        products.insert(0, grad * states[t])
+        total = total + products[0] * dt[t]
+    stacked = torch.stack(dh)
+    du = (stacked * b.unsqueeze(-1)).sum(1)
     ddt = (torch.stack(products) * a).sum(1) + x * du
-    db = (dh * (dt * x).unsqueeze(1)).sum(-1)
+    db = (stacked * (dt * x).unsqueeze(1)).sum(-1)
     dc = (torch.stack(states[1:]) * dy.unsqueeze(1)).sum(-1)
-    return dt * du, ddt, db, dc, da, grad_state
+    for target, value in zip((*grads, da, grad_state), (dt * du, ddt, db, dc, total, grad), strict=True):
+        target.copy_(value)
+    return ()
 
 
 @cache
 def _compile(
     function: Callable[..., Block], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, threads: int
 ) -> Callable[..., Block]:
-    from mstc.compat import compile_for
+    from mstc.compat import compile_block
 
-    return compile_for(function, [torch.zeros(shape, dtype=dtype) for shape in shapes], threads)
+    return compile_block(function, [torch.zeros(shape, dtype=dtype) for shape in shapes], threads)
 
 
 def _body(function: Callable[..., Block], *examples: Tensor) -> Callable[..., Block]:
@@ -134,23 +154,34 @@ def _rows(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int) -> I
             yield span.row + i, span.state + i, span
 
 
-def _write(target: Tensor, block: Tensor, start: int) -> None:
-    """Tokens from ``start`` on; what is padding is dropped. Block by block: the next has its memory, still cached."""
-    part = target[start : start + block.shape[0]]
-    part.copy_(block[: part.shape[0]])
+def _cut(tensor: Tensor, tokens: int, start: int = 0, stop: int | None = None) -> Block:
+    """[T, D] cut every so many tokens; of each piece those from ``start`` to ``stop``."""
+    return tensor.view(-1, tokens, tensor.shape[1])[:, start:stop].unbind(0)
 
 
-def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, y: Tensor, kept: Tensor, state: Tensor) -> Tensor:
-    """A stretch of whole segments: part x, dt, b, c; fills y [T, D], kept [segments, N, D]. Returns the state after."""
-    blocks = list(zip(*(torch.split(p, FORWARD_TOKENS) for p in part), strict=True))
-    body = _body(forward_block, *blocks[0][:2], matrix, *blocks[0][2:], state)
+def _target(tensor: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """What bodies write to: [T, D] itself, or a buffer that ``_deliver`` copies from, without the padding."""
+    if tensor.shape[0] == tokens and tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.new_empty((tokens, tensor.shape[1]), dtype=dtype)
+
+
+def _deliver(tensor: Tensor, target: Tensor) -> None:
+    if target is not tensor:
+        tensor.copy_(target[: tensor.shape[0]])
+
+
+def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, y: Tensor, kept: Tensor, state: Tensor) -> None:
+    """A stretch of whole segments: part x, dt, b, c; fills y [T, D], kept [segments, N, D] and moves ``state``."""
+    target = _target(y, part[0].shape[0], state.dtype)
+    blocks = list(zip(*(_cut(p, FORWARD_TOKENS) for p in (*part, target)), strict=True))
+    body = _body(forward_block, *blocks[0][:2], matrix, *blocks[0][2:4], state, blocks[0][4])
     per_segment = len(blocks) // kept.shape[0]
-    for i, (x, dt, b, c) in enumerate(blocks):
+    for i, (x, dt, b, c, out) in enumerate(blocks):
         if i % per_segment == 0:
             kept[i // per_segment] = state
-        out, state = body(x, dt, matrix, b, c, state)
-        _write(y, out, i * FORWARD_TOKENS)
-    return state
+        body(x, dt, matrix, b, c, state, out)
+    _deliver(y, target)
 
 
 @torch.no_grad()
@@ -180,18 +211,28 @@ def run_forward(
                 loads = ((x, tile), (dt, tile), (b, whole), (c, whole))
                 part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
                 states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
-                state = _forward_stretch(part, matrix, y[row, start:stop, tile], states, state)
+                _forward_stretch(part, matrix, y[row, start:stop, tile], states, state)
             final[sequence, tile] = state.mT
     return y, final, kept
 
 
-def _states_before(part: Sequence[Tensor], matrix: Tensor, state: Tensor) -> list[Tensor]:
-    """The state before each block of a segment: part x, dt [S, D], b [S, N]."""
-    states = [state]
-    last = part[0].shape[0] - REVERSE_TOKENS
+def _walks(part: Sequence[Tensor], matrix: Tensor, state: Tensor, segment: int) -> list[Walk]:
+    """The walks through a segment, one after the other: the body, and its x, dt, b for each segment of the stretch."""
+    walks: list[Walk] = []
+    last = segment - REVERSE_TOKENS
     for start in range(0, last, WALK_TOKENS):
-        x, dt, b = (p[start : min(start + WALK_TOKENS, last)] for p in part)
-        states.extend(_body(walk_block, x, dt, matrix, b, state)(x, dt, matrix, b, states[-1]))
+        stop = min(start + WALK_TOKENS, last)
+        rows = list(zip(*(_cut(p, segment, start, stop) for p in part), strict=True))
+        walks.append((_body(walk_block, *rows[0][:2], matrix, rows[0][2], state), rows))
+    return walks
+
+
+def _states_before(walks: Sequence[Walk], i: int, matrix: Tensor, state: Tensor) -> list[Tensor]:
+    """The state before each block of segment i, which starts from ``state``."""
+    states = [state]
+    for body, rows in walks:
+        x, dt, b = rows[i]
+        states.extend(body(x, dt, matrix, b, states[-1]))
     return states
 
 
@@ -202,29 +243,30 @@ def _reverse_stretch(
     grad_state: Tensor,
     da: Tensor,
     grads: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """A stretch of whole segments in reverse: part x, dt, b, c, dy; kept [segments, N, D].
 
-    Fills the first two of ``grads``, dx and ddt [T, D], and adds to the others, db and dc [T, N]. Returns the gradient
-    of the state before the stretch, and dA so far.
+    Fills the first two of ``grads``, dx and ddt [T, D], and adds to the others, db and dc [T, N], and to ``da``. Moves
+    ``grad_state``, the gradient of the state after the stretch, to before it.
     """
-    blocks = list(zip(*(torch.split(p, REVERSE_TOKENS) for p in part), strict=True))
-    body = _body(reverse_block, *blocks[0][:2], matrix, *blocks[0][2:], grad_state, grad_state, da)
-    segment = part[0].shape[0] // kept.shape[0]
-    narrow: list[Block] = []
+    tokens, dtype = part[0].shape[0], grad_state.dtype
+    targets = [_target(grad, tokens, dtype) for grad in grads[:2]]
+    targets += [grad.new_empty((tokens, grad.shape[1]), dtype=dtype) for grad in grads[2:]]
+    blocks = [_cut(p, REVERSE_TOKENS) for p in (*part, *targets)]
+    x, dt, b, c, dy, *outs = (p[0] for p in blocks)
+    body = _body(reverse_block, x, dt, matrix, b, c, dy, grad_state, grad_state, da, *outs)
+    segment = tokens // kept.shape[0]
+    walks = _walks(part[:3], matrix, grad_state, segment)
     for i in reversed(range(kept.shape[0])):
-        tokens = slice(i * segment, (i + 1) * segment)
-        before = _states_before([p[tokens] for p in part[:3]], matrix, kept[i].contiguous())
+        before = _states_before(walks, i, matrix, kept[i].contiguous())
         first = i * len(before)
         for j in reversed(range(len(before))):
-            x, dt, b, c, dy = blocks[first + j]
-            dx, ddt, db, dc, da, grad_state = body(x, dt, matrix, b, c, dy, before[j], grad_state, da)
-            for grad, block in zip(grads[:2], (dx, ddt), strict=True):
-                _write(grad, block, (first + j) * REVERSE_TOKENS)
-            narrow.append((db, dc))
-    for grad, found in zip(grads[2:], zip(*reversed(narrow), strict=True), strict=True):
-        grad += torch.cat(found)[: grad.shape[0]]
-    return grad_state, da
+            x, dt, b, c, dy, *outs = (p[first + j] for p in blocks)
+            body(x, dt, matrix, b, c, dy, before[j], grad_state, da, *outs)
+    for grad, target in zip(grads[:2], targets[:2], strict=True):
+        _deliver(grad, target)
+    for grad, target in zip(grads[2:], targets[2:], strict=True):
+        grad += target[: grad.shape[0]]
 
 
 @torch.no_grad()
@@ -258,7 +300,7 @@ def run_backward(
                 part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
                 states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
                 grads = [g[row, start:stop, w] for g, w in ((dx, tile), (ddt, tile), (db, whole), (dc, whole))]
-                grad_state, total = _reverse_stretch(part, matrix, states, grad_state, total, grads)
+                _reverse_stretch(part, matrix, states, grad_state, total, grads)
             initial[sequence, tile] = grad_state.mT
         da[tile] = total.mT
     return dx, ddt, da, db.to(b.dtype), dc.to(c.dtype), initial

@@ -32,6 +32,7 @@ from mstc.compat.fakes import (
     symbolic_kernels,
 )
 from mstc.compat.inductor import (
+    compile_block,
     compile_by_shape,
     compile_for,
     count_auto_chunkings,
@@ -58,6 +59,7 @@ __all__ = [
     "allocating_by",
     "autograd_function_apply",
     "capture",
+    "compile_block",
     "compile_by_shape",
     "compile_for",
     "compile_name",

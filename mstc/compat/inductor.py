@@ -1,7 +1,7 @@
 """Inductor for code of our own, its settings, and its counters.
 
-`standalone_compile` compiles a graph without Dynamo, guards and autograd around it; the settings and counters lie in
-private modules only.
+`standalone_compile` compiles a graph without Dynamo, guards and autograd around it, `compile_fx_inner` without the
+wrapper of AOTAutograd either; that one, the settings and the counters lie in private modules only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, standalone_compile
 from torch._inductor import metrics as inductor_metrics
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
+    "compile_block",
     "compile_by_shape",
     "compile_for",
     "count_auto_chunkings",
@@ -40,13 +43,33 @@ def compile_for(
     with torch.no_grad():
         # A function of its own: annotations on the graph's would keep Inductor's cache from naming it.
         graph = make_fx(lambda *tensors: function(*tensors), tracing_mode="fake")(*examples)
-        patches: dict[str, Any] = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
-        if threads is not None:
-            patches["cpp.threads"] = threads
         compiled: Callable[..., Any] = standalone_compile(
-            graph, list(examples), dynamic_shapes="from_example_inputs", options={"config_patches": patches}
+            graph,
+            list(examples),
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": _settings(threads)},
         )
     return compiled
+
+
+def compile_block(
+    function: Callable[..., Any], examples: Sequence[torch.Tensor], threads: int | None = None
+) -> Callable[..., Any]:
+    """As ``compile_for``, for a function of some 20 us that is called often: calling it takes 6 us instead of 18.
+
+    What allocates and calls its kernels is compiled too, and nothing stands around that: ``function`` may write to its
+    arguments, only at its end and by ``copy_``, and to nothing else; what it returns are new tensors. No two of the
+    ``examples`` are the same tensor.
+    """
+    with torch.no_grad(), inductor_config.patch(_settings(threads) | {"cpp_wrapper": True}):
+        graph = make_fx(lambda *tensors: function(*tensors), select_decomp_table(), tracing_mode="fake")(*examples)
+        compiled = compile_fx_inner(graph, list(examples), is_inference=True, cpp_wrapper=True)
+    return lambda *tensors: compiled(list(tensors))
+
+
+def _settings(threads: int | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+    return settings if threads is None else settings | {"cpp.threads": threads}
 
 
 def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:

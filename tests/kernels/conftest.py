@@ -41,7 +41,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]
         return function
 
     for where in (compat, inductor):
-        monkeypatch.setattr(where, "compile_for", compile_for)
+        for name in ("compile_for", "compile_block"):
+            monkeypatch.setattr(where, name, compile_for)
     for clear in (segments._compiled.cache_clear, blocks._compile.cache_clear):
         clear()
     yield made

@@ -31,4 +31,5 @@ def check(gm: fx.GraphModule) -> None:
 
 
 def _on_sizes(node: fx.Node) -> bool:
-    return getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "torch", "torch.fx.experimental")
+    modules = ("_operator", "operator", "math", "torch", "torch.fx.experimental")
+    return node.target is round or getattr(node.target, "__module__", "") in modules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -263,10 +264,25 @@ class _Recorded:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __truediv__(self, other: Any) -> _Recorded:
+        return self._with(operator.truediv, self, other)
+
+    def __rtruediv__(self, other: float) -> _Recorded:
+        return self._with(operator.truediv, other, self)
+
+    def __floor__(self) -> _Recorded:
+        return self._with(math.floor, self)
+
+    def __ceil__(self) -> _Recorded:
+        return self._with(math.ceil, self)
+
+    def __round__(self) -> _Recorded:
+        return self._with(round, self)
+
     @classmethod
     def __torch_function__(
         cls, target: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> _Recorded:
-        """`torch.sym_max` and `torch.sym_min`."""
+        """`torch.sym_max`, `torch.sym_min`, `torch.sym_float` and `torch.sym_int`."""
         one: _Recorded = next(a for a in args if isinstance(a, cls))
         return one._with(target, *args)

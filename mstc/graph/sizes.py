@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
 import torch
+from torch import fx
 
 Size = Any  # int, or a sympy expression in positive integer symbols
 
@@ -20,6 +22,17 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "PythonMod": operator.mod,
     "Max": torch.sym_max,
     "Min": torch.sym_min,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
+}
+
+# Of one argument: int(0.75 * n), math.ceil(n / 5), round(n / 3).
+_ROUNDINGS: dict[str, Callable[[Any], Any]] = {
+    "ToFloat": torch.sym_float,
+    "TruncToInt": torch.sym_int,
+    "FloorToInt": math.floor,
+    "CeilToInt": math.ceil,
+    "RoundToInt": round,
 }
 
 
@@ -48,7 +61,7 @@ def symbols_of(sizes: Iterable[Size]) -> tuple[sympy.Symbol, ...]:
 def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
     """The size for these values of its lengths: ints, SymInts or `fx.Proxy` (whose arithmetic is recorded).
 
-    Raises `UnknownSize` for anything but sums, products, whole powers and ``_FUNCTIONS``.
+    Raises `UnknownSize` for anything but sums, products, whole powers, ``_FUNCTIONS`` and ``_ROUNDINGS``.
     """
     if isinstance(size, int):
         return size
@@ -56,8 +69,12 @@ def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
         return values[size]
     if size.is_Integer:
         return int(size)
+    if size.is_Float:
+        return float(size)
     if not _is_known(size):
-        raise UnknownSize(f"the size {size} is no sum, product, quotient, remainder, maximum or minimum of lengths")
+        raise UnknownSize(
+            f"the size {size} is no sum, product, quotient, remainder, maximum, minimum or rounding of lengths"
+        )
     parts = [evaluate(a, values) for a in size.args]
     if size.is_Add:
         return functools.reduce(operator.add, parts)
@@ -65,12 +82,21 @@ def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
         return functools.reduce(operator.mul, parts)
     if size.is_Pow:
         return functools.reduce(operator.mul, [parts[0]] * parts[1])
+    if _name(size) in _ROUNDINGS:
+        return _round(_ROUNDINGS[_name(size)], parts[0])
     return functools.reduce(_FUNCTIONS[_name(size)], parts)
+
+
+def _round(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of the value; recorded where that is a proxy, which Python's own functions do not take."""
+    if isinstance(value, fx.Proxy):
+        return value.tracer.create_proxy("call_function", function, (value,), {})
+    return function(value)
 
 
 def can_evaluate(size: Size) -> bool:
     """Whether `evaluate` knows all that the size is made of."""
-    if isinstance(size, int) or size.is_Symbol or size.is_Integer:
+    if isinstance(size, int) or size.is_Symbol or size.is_Integer or size.is_Float:
         return True
     return _is_known(size) and all(map(can_evaluate, size.args))
 
@@ -79,7 +105,7 @@ def _is_known(size: Size) -> bool:
     """Whether the outermost function is one of those that `evaluate` carries out."""
     if size.is_Pow:
         return bool(size.args[1].is_Integer and size.args[1] > 0)
-    return bool(size.is_Add or size.is_Mul) or _name(size) in _FUNCTIONS
+    return bool(size.is_Add or size.is_Mul) or _name(size) in _FUNCTIONS or _name(size) in _ROUNDINGS
 
 
 def _name(size: sympy.Basic) -> str:

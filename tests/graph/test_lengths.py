@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from testkit.capture import dynamic_graph
 
 
 def sizes_of(gm: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    return [n for n in gm.graph.nodes if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat))]
 
 
 def shifted(x: Tensor, w: Tensor) -> Tensor:
@@ -53,7 +54,17 @@ def at_least(x: Tensor, w: Tensor) -> Tensor:
     return y.reshape(y.shape[0] * y.shape[1], -1).sum(1)
 
 
-@pytest.mark.parametrize("fn", [shifted, halved, grown, padded, trimmed, first, at_least])
+def three_quarters(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)[:, : int(0.75 * x.shape[1])]
+    return y.reshape(y.shape[0] * y.shape[1], -1).sum(1)
+
+
+def in_fives(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(F.pad(x, (0, 0, 0, 5 * math.ceil(x.shape[1] / 5) - x.shape[1])), w)
+    return y.reshape(y.shape[0] * y.shape[1], -1).sum(1)
+
+
+@pytest.mark.parametrize("fn", [shifted, halved, grown, padded, trimmed, first, at_least, three_quarters, in_fives])
 def test_sizes_depend_on_inputs_only(fn: Callable[..., Tensor]) -> None:
     gm = dynamic_graph(fn, torch.randn(2, 12, 8), torch.randn(8, 8))
     sizes = sizes_of(gm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -88,9 +89,42 @@ def at_least_45(x: Tensor) -> Tensor:
     return F.pad(x, (0, 12, 0, max(45 - x.shape[1], 0)))
 
 
-@pytest.mark.parametrize("patches", [whole_patches, patches_that_fit, window, at_least_45])
+def three_quarters(x: Tensor) -> Tensor:
+    return x[:, : int(0.75 * x.shape[1])].repeat(1, 1, 4)
+
+
+def half_by_interpolation(x: Tensor) -> Tensor:
+    return F.interpolate(x.mT, scale_factor=0.5).mT.repeat(1, 1, 4)
+
+
+def in_sevens(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 12, 0, 7 * math.ceil(x.shape[1] / 7) - x.shape[1]))
+
+
+def a_third(x: Tensor) -> Tensor:
+    return x[:, round(x.shape[1] / 3) :].repeat(1, 1, 4)
+
+
+def half(x: Tensor) -> Tensor:
+    return x[:, : math.floor(0.5 * x.shape[1])].repeat(1, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        whole_patches,
+        patches_that_fit,
+        window,
+        at_least_45,
+        three_quarters,
+        half_by_interpolation,
+        in_sevens,
+        a_third,
+        half,
+    ],
+)
 def test_patches_at_any_length(patches: Callable[[Tensor], Tensor]) -> None:
-    """How many there are is a quotient of a remainder, or one of two lengths."""
+    """How many there are is a quotient of a remainder, one of two lengths, or a rounded share of one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 5)).double()
 

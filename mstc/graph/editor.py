@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,9 +126,10 @@ class Editor:
 
     def number(self, expression: Size, *, like: fx.Node) -> Any:
         """An int as it is; an expression in dynamic lengths as a node that computes it."""
-        lengths = {s: _Recorded(self, self.length(s, like=like), like) for s in symbols_of([expression])}
+        recorder = _Recorder(self, like)
+        lengths = {s: fx.Proxy(self.length(s, like=like), recorder) for s in symbols_of([expression])}
         found = evaluate(expression, lengths)
-        return found.node if isinstance(found, _Recorded) else found
+        return found.node if isinstance(found, fx.Proxy) else found
 
     def length(self, symbol: Size, *, like: fx.Node) -> fx.Node:
         """A node that holds a dynamic length: an input or a size of one, or what made it where data decide it."""
@@ -232,57 +231,16 @@ class Editor:
             last = node
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """A dynamic size whose arithmetic becomes nodes."""
+class _Recorder(fx.proxy.GraphAppendingTracer):
+    """Arithmetic on its proxies, dynamic sizes, becomes nodes of an editor."""
 
-    editor: Editor
-    node: fx.Node
-    like: fx.Node
+    def __init__(self, editor: Editor, like: fx.Node) -> None:
+        super().__init__(like.graph)
+        self._editor, self._like = editor, like
 
-    def _with(self, target: Callable[..., Any], *operands: Any) -> _Recorded:
-        args = tuple(o.node if isinstance(o, _Recorded) else o for o in operands)
-        return replace(self, node=self.editor.call(target, args, like=self.like))
-
-    def __add__(self, other: Any) -> _Recorded:
-        return self._with(operator.add, self, other)
-
-    def __mul__(self, other: Any) -> _Recorded:
-        return self._with(operator.mul, self, other)
-
-    def __floordiv__(self, other: Any) -> _Recorded:
-        return self._with(operator.floordiv, self, other)
-
-    def __rfloordiv__(self, other: int) -> _Recorded:
-        return self._with(operator.floordiv, other, self)
-
-    def __mod__(self, other: Any) -> _Recorded:
-        return self._with(operator.mod, self, other)
-
-    def __rmod__(self, other: int) -> _Recorded:
-        return self._with(operator.mod, other, self)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __truediv__(self, other: Any) -> _Recorded:
-        return self._with(operator.truediv, self, other)
-
-    def __rtruediv__(self, other: float) -> _Recorded:
-        return self._with(operator.truediv, other, self)
-
-    def __floor__(self) -> _Recorded:
-        return self._with(math.floor, self)
-
-    def __ceil__(self) -> _Recorded:
-        return self._with(math.ceil, self)
-
-    def __round__(self) -> _Recorded:
-        return self._with(round, self)
-
-    @classmethod
-    def __torch_function__(
-        cls, target: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> _Recorded:
-        """`torch.sym_max`, `torch.sym_min`, `torch.sym_float` and `torch.sym_int`."""
-        one: _Recorded = next(a for a in args if isinstance(a, cls))
-        return one._with(target, *args)
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> fx.Proxy:
+        assert kind == "call_function" and not kwargs, f"{target} is no function of sizes"
+        operands = tuple(a.node if isinstance(a, fx.Proxy) else a for a in args)
+        return fx.Proxy(self._editor.call(target, operands, like=self._like), self)

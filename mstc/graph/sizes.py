@@ -14,8 +14,9 @@ from torch import fx
 
 Size = Any  # int, or a sympy expression in positive integer symbols
 
-# PyTorch's own functions of sizes: of padding to whole pieces, n + -n % 4, of a window, min(n, 16).
-_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+# PyTorch's own functions of sizes: of padding to whole pieces, n + -n % 4, of a window, min(n, 16), of a share,
+# int(0.75 * n), math.ceil(n / 5), round(n / 3).
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "FloorDiv": operator.floordiv,
     "CleanDiv": operator.floordiv,
     "Mod": operator.mod,
@@ -24,10 +25,6 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "Min": torch.sym_min,
     "IntTrueDiv": operator.truediv,
     "FloatTrueDiv": operator.truediv,
-}
-
-# Of one argument: int(0.75 * n), math.ceil(n / 5), round(n / 3).
-_ROUNDINGS: dict[str, Callable[[Any], Any]] = {
     "ToFloat": torch.sym_float,
     "TruncToInt": torch.sym_int,
     "FloorToInt": math.floor,
@@ -61,7 +58,7 @@ def symbols_of(sizes: Iterable[Size]) -> tuple[sympy.Symbol, ...]:
 def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
     """The size for these values of its lengths: ints, SymInts or `fx.Proxy` (whose arithmetic is recorded).
 
-    Raises `UnknownSize` for anything but sums, products, whole powers, ``_FUNCTIONS`` and ``_ROUNDINGS``.
+    Raises `UnknownSize` for anything but sums, products, whole powers and ``_FUNCTIONS``.
     """
     if isinstance(size, int):
         return size
@@ -82,12 +79,11 @@ def evaluate(size: Size, values: Mapping[sympy.Symbol, Any]) -> Any:
         return functools.reduce(operator.mul, parts)
     if size.is_Pow:
         return functools.reduce(operator.mul, [parts[0]] * parts[1])
-    if _name(size) in _ROUNDINGS:
-        return _round(_ROUNDINGS[_name(size)], parts[0])
-    return functools.reduce(_FUNCTIONS[_name(size)], parts)
+    function = _FUNCTIONS[_name(size)]
+    return functools.reduce(function, parts) if len(parts) > 1 else _apply(function, parts[0])
 
 
-def _round(function: Callable[[Any], Any], value: Any) -> Any:
+def _apply(function: Callable[[Any], Any], value: Any) -> Any:
     """``function`` of the value; recorded where that is a proxy, which Python's own functions do not take."""
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", function, (value,), {})
@@ -105,7 +101,7 @@ def _is_known(size: Size) -> bool:
     """Whether the outermost function is one of those that `evaluate` carries out."""
     if size.is_Pow:
         return bool(size.args[1].is_Integer and size.args[1] > 0)
-    return bool(size.is_Add or size.is_Mul) or _name(size) in _FUNCTIONS or _name(size) in _ROUNDINGS
+    return bool(size.is_Add or size.is_Mul) or _name(size) in _FUNCTIONS
 
 
 def _name(size: sympy.Basic) -> str:

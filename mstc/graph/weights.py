@@ -78,7 +78,7 @@ class Weights:
         plain = {a for w in found if self._is_plain(w) for a in own[w]}
         computed = {a for w in found if not self._is_plain(w) for a in own[w]}
         positions = {a for n in self._chosen for a in axes.of(n)}
-        positions |= {a for a in computed - plain if self._is_looked_up(a, axes, pairs)}
+        positions |= {a for a in computed - plain - positions if self._is_looked_up(a, axes, pairs)}
         return plain | computed - positions
 
     def _is_looked_up(self, axis: Axis, axes: Axes, pairs: Iterable[tuple[fx.Node, fx.Node]]) -> bool:
@@ -86,9 +86,9 @@ class Weights:
         for product, weight in pairs:
             if axis not in axes.of(weight):
                 continue
-            if any(axis in axes.of(n) for n in ancestors([weight]) if n.op == "placeholder" and _is_float(n)):
-                return False
             if not all(axis in axes.of(n) for n in (product, *factors_of(product)) if isinstance(n, fx.Node)):
+                return False
+            if any(axis in axes.of(n) for n in ancestors([weight]) if n.op == "placeholder" and _is_float(n)):
                 return False
         return True
 

@@ -175,7 +175,8 @@ def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, y: Tensor, kept: Te
     """A stretch of whole segments: part x, dt, b, c; fills y [T, D], kept [segments, N, D] and moves ``state``."""
     target = _target(y, part[0].shape[0], state.dtype)
     blocks = list(zip(*(_cut(p, FORWARD_TOKENS) for p in (*part, target)), strict=True))
-    body = _body(forward_block, *blocks[0][:2], matrix, *blocks[0][2:4], state, blocks[0][4])
+    x, dt, b, c, out = blocks[0]
+    body = _body(forward_block, x, dt, matrix, b, c, state, out)
     per_segment = len(blocks) // kept.shape[0]
     for i, (x, dt, b, c, out) in enumerate(blocks):
         if i % per_segment == 0:
@@ -223,7 +224,8 @@ def _walks(part: Sequence[Tensor], matrix: Tensor, state: Tensor, segment: int) 
     for start in range(0, last, WALK_TOKENS):
         stop = min(start + WALK_TOKENS, last)
         rows = list(zip(*(_cut(p, segment, start, stop) for p in part), strict=True))
-        walks.append((_body(walk_block, *rows[0][:2], matrix, rows[0][2], state), rows))
+        x, dt, b = rows[0]
+        walks.append((_body(walk_block, x, dt, matrix, b, state), rows))
     return walks
 
 

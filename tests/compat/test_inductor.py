@@ -1,4 +1,4 @@
-"""Code of our own through Inductor: what a block writes, returns and how often it is compiled."""
+"""Code of our own through Inductor: what a block writes and returns, and its threads."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.ops.products import fast_products
 from mstc.ops.saved import offload_saved, offloads_of
 from mstc.ops.workspace import empty_strided
 from mstc.report import Refusal, Report
@@ -27,7 +28,7 @@ def lower(
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
     offloads = offloads_of(gm)
     backend = compat.partitioning_by(name, offload_saved, offloads) if offloads else compat.lower_with(name)
-    with compat.allocating_by(empty_strided):
+    with compat.allocating_by(empty_strided), fast_products():
         compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
     return compiled
 

@@ -85,8 +85,9 @@ def spans(batch: int, tokens: int, cu_seqlens: Tensor | None, segment: int = SEG
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     from mstc.compat import compile_by_shape
+    from mstc.ops.products import fast_products
 
-    return compile_by_shape(function)
+    return compile_by_shape(function, fast_products)
 
 
 def _pick(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:

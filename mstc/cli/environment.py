@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from mstc.ops import products
+
 __all__ = ["available_cores", "describe_machine", "describe_versions"]
 
 _PACKAGES = ("torch", "triton", "transformers", "mstc")
@@ -19,9 +21,14 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, object]:
-    """System, processor type, usable cores and GPUs."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"system": platform.system(), "processor": platform.machine(), "cores": available_cores(), "gpus": gpus}
+    """System, processor, usable cores, whose products multiply float32 in loops on it, and GPUs."""
+    return {
+        "system": platform.system(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "cores": available_cores(),
+        "float32 products": "oneDNN" if products.onednn_is_faster() else "PyTorch",
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
 
 
 def available_cores() -> int:

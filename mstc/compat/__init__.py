@@ -45,6 +45,7 @@ from mstc.compat.logs import compile_name, trace_artifact, tracing_to_file
 from mstc.compat.lowering import lower_with, partitioning_by
 from mstc.compat.memory import allocating_by, references
 from mstc.compat.ops import HigherOrderOperator, OpOverload, TorchDispatchMode, get_decompositions, tree_leaves
+from mstc.compat.products import multiplying_by, onednn_product
 from mstc.compat.symbols import example_of, guard_at_most, keeps_guards, symbolic_lengths, unbound_lengths
 from mstc.compat.tracing import Traced, trace_flat, trace_functional
 
@@ -84,7 +85,9 @@ __all__ = [
     "keeps_guards",
     "lower_with",
     "mode_settings",
+    "multiplying_by",
     "name_constants",
+    "onednn_product",
     "partitioning_by",
     "references",
     "set_activation_memory_budget",

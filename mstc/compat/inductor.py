@@ -72,10 +72,13 @@ def _settings(threads: int | None) -> dict[str, Any]:
     return settings if threads is None else settings | {"cpp.threads": threads}
 
 
-def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_by_shape(
+    function: Callable[..., Any], compiling: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Callable[..., Any]:
     """``function`` compiled by Inductor once for each combination of shapes, dtypes and devices that it is called with.
 
-    It takes and returns nested tuples of tensors and None. Dynamo would run it uncompiled from the ninth shape on.
+    It takes and returns nested tuples of tensors and None; each time that it is compiled, that happens in a
+    ``compiling()`` context. Dynamo would run it uncompiled from the ninth shape on.
     """
     bodies: dict[object, Callable[..., Any]] = {}
 
@@ -85,7 +88,8 @@ def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
         forms = [None if leaf is None else (leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         key = (torch.get_num_threads(), *forms)
         if key not in bodies:
-            bodies[key] = _compile_tree(function, [form is not None for form in forms], spec, tensors)
+            with compiling():
+                bodies[key] = _compile_tree(function, [form is not None for form in forms], spec, tensors)
         return bodies[key](*tensors)
 
     return call

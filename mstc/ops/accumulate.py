@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mstc.ops import products
 from mstc.ops.joint import Backward
 from mstc.ops.pieces import empty
 from mstc.ops.program import Program
@@ -37,9 +38,10 @@ class Accumulators:
             else:
                 torch.mm(left, right, out_dtype=dtype, out=self._empty(shared))
         elif shared in self._sums:
-            self._sums[shared].addmm_(left.to(dtype), right.to(dtype))
+            total = self._sums[shared]
+            products.addmm(total, left.to(dtype), right.to(dtype), out=total)
         else:
-            torch.mm(left.to(dtype), right.to(dtype), out=self._empty(shared))
+            products.mm(left.to(dtype), right.to(dtype), out=self._empty(shared))
 
     def _add(self, shared: int, gradient: torch.Tensor) -> None:
         if shared in self._sums:

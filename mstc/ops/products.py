@@ -1,0 +1,117 @@
+"""Matrix products in float32 on CPUs for which PyTorch's own are slow.
+
+On x86 PyTorch multiplies float32 with MKL, which keeps its AVX-512 kernels for Intel's CPUs. oneDNN, in PyTorch as
+well, writes its kernels for the instructions that a CPU has: on an AMD Zen 5 its products take less than half the time
+(`docs/benchmarks.md`). Both add up in float32; they differ by rounding. ``mstc::product`` is oneDNN's as an operator
+that profilers and FLOP counters see. The functions below have the names and arguments of PyTorch's, and call those
+where oneDNN would not be faster, and where ``torch.backends.mkldnn.enabled`` is off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from mstc import compat
+
+# Below this, calling the operator and looking up oneDNN's kernel cost more than MKL's product does.
+SMALLEST_FLOPS = 2**24
+SMALLEST_SIDE = 16
+
+torch.library.define("mstc::product", "(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+
+
+@torch.library.impl("mstc::product", "CPU")
+def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
+    product = compat.onednn_product()
+    assert product is not None, "nobody asked `_takes` first"
+    if out.is_contiguous():
+        product(out, a, b, add)
+    else:
+        product(out.mT, b.mT, a.mT, add)
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, **more: Any) -> torch.Tensor:
+    """As `torch.mm`."""
+    if more or not _takes(out, a, b):
+        return torch.mm(a, b, out=out, **more)
+    torch.ops.mstc.product(out, a, b, False)
+    return out
+
+
+def bmm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, **more: Any) -> torch.Tensor:
+    """As `torch.bmm`."""
+    if more or not _takes(out, a, b):
+        return torch.bmm(a, b, out=out, **more)
+    torch.ops.mstc.product(out, a, b, False)
+    return out
+
+
+def addmm(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: torch.Tensor,
+    **more: Any,
+) -> torch.Tensor:
+    """As `torch.addmm`; ``x`` may be ``out`` itself."""
+    if more or beta != 1 or alpha != 1 or not _takes(out, a, b):
+        return torch.addmm(x, a, b, beta=beta, alpha=alpha, out=out, **more)
+    if x is not out:
+        out.copy_(x)
+    torch.ops.mstc.product(out, a, b, True)
+    return out
+
+
+def fast_products() -> contextlib.AbstractContextManager[None]:
+    """Code that Inductor writes meanwhile multiplies by the functions above, where this machine gains by that."""
+    if not onednn_is_faster():
+        return contextlib.nullcontext()
+    return compat.multiplying_by({"mm": mm, "addmm": addmm, "bmm": bmm})
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this CPU is one that oneDNN has AVX-512 kernels for and MKL has not."""
+    cpu, has_mkl = torch.cpu.get_capabilities(), cast("Callable[[], bool]", torch.backends.mkl.is_available)
+    slow = str(cpu.get("cpu_name", "")).startswith("AMD") and has_mkl()
+    return slow and all(cpu.get(f"avx512_{part}") for part in ("bw", "dq", "vl")) and _works()
+
+
+def _works() -> bool:
+    """Whether this PyTorch has the product, and it is one."""
+    product = compat.onednn_product()
+    if product is None:
+        return False
+    a, b, out = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3).t(), torch.full((2, 4), torch.nan)
+    product(out, a, b, False)
+    product(out, a, b, True)
+    return torch.equal(out, 2 * (a @ b))
+
+
+def _takes(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether oneDNN takes these as they lie, and gains by it."""
+    if not (out.dtype is a.dtype is b.dtype is torch.float32) or min(out.shape[-2:], default=0) < SMALLEST_SIDE:
+        return False
+    work = 2 * out.numel() * a.shape[-1]
+    return (
+        work >= SMALLEST_FLOPS
+        and a.shape[-1] >= SMALLEST_SIDE
+        and onednn_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
+        and all(x.device.type == "cpu" and (x.is_contiguous() or x.mT.is_contiguous()) for x in (out, a, b))
+        and _fit(out, a, b)
+    )
+
+
+def _fit(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the shapes are those of a product; where not, PyTorch says what is wrong."""
+    (*batch, rows, inner), (*others, depth, columns) = a.shape, b.shape
+    return inner == depth and [*batch, rows, columns] == list(out.shape) and batch == others and len(batch) < 2

@@ -29,6 +29,16 @@ aten = torch.ops.aten
 # What runs over a sequence without being a mixer of its own name.
 _SCANS = (aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
 
+# What makes a sequence of one, or of several: a part of it, or one value per query.
+_REMAKING = (
+    aten.slice.Tensor,
+    aten.cat.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.index_select.default,
+    aten.scaled_dot_product_attention.default,
+)
+
 # Values made of labels belong to their loss where they are so many times larger.
 WIDE_TARGETS = 8
 
@@ -126,6 +136,7 @@ def _token_axes(
     features = weights.features(axes, products)
     sequences, perhaps, length = _sequences(graph, axes, weights, position_only(graph))
     sequences |= _sides_of_pairs(axes, products, features, sequences)
+    sequences |= _remade(graph, axes, sequences)
     tried: set[Axis] = set()
     while True:
         flops: dict[Axis, float] = {}
@@ -154,6 +165,18 @@ def _sides_of_pairs(axes: Axes, products: Sequence[fx.Node], features: set[Axis]
             if len(sides) > 1 and not any(isinstance(axes.tokenwise(node, row), Tokenwise) for row in rows):
                 rows[axes.follow(node, sides[0])] = axis
     return {row for row, axis in rows.items() if axis in sequences}
+
+
+def _remade(graph: fx.Graph, axes: Axes, sequences: set[Axis]) -> set[Axis]:
+    """Axes of what is cut from sequences, put together with one, or attended: each text from some token on, say."""
+    found = set[Axis]()
+    for node in graph.nodes:
+        if node.target in _REMAKING:
+            rank = node.meta["val"].dim()
+            for source in (o for o in operands_of(node) if o.meta["val"].dim() == rank):  # positions tell nothing
+                dims = {p.dim for a in axes.of(source) & (sequences | found) for p in axes.places(source, a)}
+                found |= {a for a in axes.of(node) - axes.of(source) if axes.places(node, a)[0].dim in dims}
+    return found
 
 
 def _sequences(

@@ -35,9 +35,12 @@ def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> 
         product(out.mT, b.mT, a.mT, add)
 
 
+torch.library.register_fake("mstc::product", lambda out, a, b, add: None)
+
+
 def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, **more: Any) -> torch.Tensor:
     """As `torch.mm`."""
-    if more or not _takes(out, a, b):
+    if more or not _takes(out, a, b, 2):
         return torch.mm(a, b, out=out, **more)
     torch.ops.mstc.product(out, a, b, False)
     return out
@@ -45,7 +48,7 @@ def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, **more: Any) -> t
 
 def bmm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, **more: Any) -> torch.Tensor:
     """As `torch.bmm`."""
-    if more or not _takes(out, a, b):
+    if more or not _takes(out, a, b, 3):
         return torch.bmm(a, b, out=out, **more)
     torch.ops.mstc.product(out, a, b, False)
     return out
@@ -62,7 +65,7 @@ def addmm(
     **more: Any,
 ) -> torch.Tensor:
     """As `torch.addmm`; ``x`` may be ``out`` itself."""
-    if more or beta != 1 or alpha != 1 or not _takes(out, a, b):
+    if more or beta != 1 or alpha != 1 or not _takes(out, a, b, 2):
         return torch.addmm(x, a, b, beta=beta, alpha=alpha, out=out, **more)
     if x is not out:
         out.copy_(x)
@@ -96,22 +99,16 @@ def _works() -> bool:
     return torch.equal(out, 2 * (a @ b))
 
 
-def _takes(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether oneDNN takes these as they lie, and gains by it."""
-    if not (out.dtype is a.dtype is b.dtype is torch.float32) or min(out.shape[-2:], default=0) < SMALLEST_SIDE:
+def _takes(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rank: int) -> bool:
+    """Whether oneDNN takes these as they lie, and gains by it. Where the shapes are wrong, PyTorch is to say so."""
+    if not (out.dtype is a.dtype is b.dtype is torch.float32 and out.dim() == a.dim() == b.dim() == rank):
         return False
-    work = 2 * out.numel() * a.shape[-1]
+    rows, columns, inner = *out.shape[-2:], a.shape[-1]
     return (
-        work >= SMALLEST_FLOPS
-        and a.shape[-1] >= SMALLEST_SIDE
+        min(rows, columns, inner) >= SMALLEST_SIDE
+        and 2 * out.numel() * inner >= SMALLEST_FLOPS
         and onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and all(x.device.type == "cpu" and (x.is_contiguous() or x.mT.is_contiguous()) for x in (out, a, b))
-        and _fit(out, a, b)
+        and (a.shape, b.shape) == ((*out.shape[:-1], inner), (*out.shape[:-2], inner, columns))
     )
-
-
-def _fit(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the shapes are those of a product; where not, PyTorch says what is wrong."""
-    (*batch, rows, inner), (*others, depth, columns) = a.shape, b.shape
-    return inner == depth and [*batch, rows, columns] == list(out.shape) and batch == others and len(batch) < 2

@@ -87,6 +87,29 @@ def test_the_sequence_is_cut_not_the_batch() -> None:
     assert {r.n for r in regions} == {7}
 
 
+REMADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "attention": lambda y, at: y,
+    "a slice": lambda y, at: y[:, 2:],
+    "a slice of a slice": lambda y, at: y[:, 1:][:, :5],
+    "with a token before it": lambda y, at: torch.cat([y[:, :1] * 0, y], 1),
+    "padded": lambda y, at: F.pad(y, (0, 0, 0, 3)),
+    "picked positions": lambda y, at: y.index_select(1, at),
+}
+
+
+@pytest.mark.parametrize("part", REMADE.values(), ids=REMADE)
+def test_what_is_made_of_a_sequence_is_one(part: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """So it is cut, and not the batch, though that is longer here."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor, at: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return F.gelu(F.linear(part(y, at), up)) @ down.t()
+
+    x, at = randn(12, 7, 4), torch.tensor([5, 0, 3])
+    _, _, regions = regions_of(fn, x, UP, DOWN, at)
+    assert [r.n for r in regions] == [part(x, at).shape[1]]
+
+
 def test_an_unknown_op_on_labels_makes_no_sequence() -> None:
     """``labels[~mask] = 0`` knows batch and tokens alike; heads of texts without their last token are cut by token."""
 

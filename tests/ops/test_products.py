@@ -110,10 +110,11 @@ SLICE = _random(20, 30)[:, 4:14]
         (_random(4, 5, dtype=torch.float64), _random(5, 6, dtype=torch.float64)),
         (_random(4, 5).bfloat16(), _random(5, 6).bfloat16()),
         (SLICE, _random(10, 6)),
+        (_random(4, 1).expand(4, 5), _random(5, 6)),
         (_random(0, 5), _random(5, 6)),
         (_random(4, 0), _random(0, 6)),
     ],
-    ids=["float64", "bfloat16", "a slice", "no rows", "nothing to sum"],
+    ids=["float64", "bfloat16", "a slice", "expanded", "no rows", "nothing to sum"],
 )
 def test_what_pytorch_multiplies(a: Tensor, b: Tensor, calls: Calls) -> None:
     out = torch.full((a.shape[0], b.shape[1]), torch.nan, dtype=a.dtype)
@@ -138,6 +139,8 @@ def test_it_can_be_switched_off(calls: Calls) -> None:
 def test_wrong_shapes_are_pytorchs_error(function: Callable[..., Tensor], calls: Calls) -> None:
     with pytest.raises(RuntimeError, match="must|cannot|[Ee]xpected"):
         function(_random(4, 5), _random(6, 7), out=_poisoned(4, 7))
+    with pytest.raises(RuntimeError, match="[Ee]xpected|must"):
+        function(_random(4, 5)[0], _random(5, 7), out=_poisoned(4, 7))
     assert not calls
 
 
@@ -184,6 +187,14 @@ def test_a_product_that_is_missing_or_wrong_is_not_used() -> None:
 @needs_onednn
 def test_it_works_where_it_can() -> None:
     assert products._works()
+
+
+@needs_onednn
+def test_the_op_is_what_its_schema_says() -> None:
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.mstc.product.default, (_random(4, 6), _random(4, 5), _random(5, 6), True), test_utils=tests
+    )
 
 
 @needs_onednn

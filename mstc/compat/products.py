@@ -5,6 +5,8 @@ PyTorch carries oneDNN, but gives float32 to it only where its weights were pack
 It is an exported symbol of ``libtorch_cpu``, whose mangled name spells its parameters' types: with another signature
 it would not be found. Its arguments are references to ``at::Tensor``, a pointer to the ``TensorImpl`` that ``_cdata``
 gives. Checked by running with 2.11 and 2.13.
+
+A backend may be called while fake tensors are made; ``_disable_current_modes`` makes real ones for the check.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch._inductor import select_algorithm
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["multiplying_by", "onednn_product"]
 
@@ -28,14 +31,14 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
 
 @functools.cache
 def onednn_product() -> Product | None:
-    """``product(out, a, b, add)``: out = a b, or out += a b, by oneDNN; None where this PyTorch has it not.
+    """``product(out, a, b, add)``: out = a b, or out += a b, by oneDNN; None where this PyTorch or this CPU has it not.
 
-    ``a`` (m, k) and ``b`` (k, n), or (batch, m, k) and (batch, k, n), are float32 on a CPU with AVX-512, not empty, and
-    dense or the transposes of dense ones; ``out`` is dense. The function checks some of that by C++ exceptions, which
-    nothing catches here, and the rest not at all.
+    ``a`` (m, k) and ``b`` (k, n), or (batch, m, k) and (batch, k, n), are real tensors of float32 on the CPU, not empty,
+    dense or the transposes of dense ones; ``out`` is dense. The function checks some of that, and that the CPU has
+    AVX-512, by C++ exceptions, which nothing catches here, and the rest not at all.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not library.exists():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not library.exists():
         return None
     function = getattr(ctypes.CDLL(str(library)), _SYMBOL, None)
     if function is None:
@@ -48,7 +51,17 @@ def onednn_product() -> Product | None:
         at = ctypes.addressof(pointers)
         function(at, at + size, at + 2 * size, float(add), 1.0)  # beta, alpha
 
-    return product
+    return product if _is_product(product) else None
+
+
+def _is_product(product: Product) -> bool:
+    """Whether it multiplies and adds what small numbers say exactly."""
+    with _disable_current_modes():
+        a, b = (torch.arange(6.0, device="cpu", dtype=torch.float32).view(shape) for shape in ((2, 3), (3, 2)))
+        out = torch.full_like(a[:, :2], torch.nan).contiguous()
+        product(out, a, b, False)
+        product(out, a, b, True)
+        return torch.equal(out, 2 * torch.mm(a, b))
 
 
 @contextlib.contextmanager

@@ -33,9 +33,9 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
 def onednn_product() -> Product | None:
     """``product(out, a, b, add)``: out = a b, or out += a b, by oneDNN; None where this PyTorch or this CPU has it not.
 
-    ``a`` (m, k) and ``b`` (k, n), or (batch, m, k) and (batch, k, n), are real tensors of float32 on the CPU, not empty,
-    dense or the transposes of dense ones; ``out`` is dense. The function checks some of that, and that the CPU has
-    AVX-512, by C++ exceptions, which nothing catches here, and the rest not at all.
+    ``a`` (m, k) and ``b`` (k, n), or (batch, m, k) and (batch, k, n), are real tensors of float32 on the CPU, not
+    empty, dense or the transposes of dense ones; ``out`` is dense. The function checks some of that, and that the CPU
+    has AVX-512, by C++ exceptions, which nothing catches here, and the rest not at all.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not library.exists():

@@ -18,8 +18,8 @@ import torch
 
 from mstc import compat
 
-# Below this there is little to gain, and what oneDNN packs for each thread (up to 2 MB) would count among the operands.
-SMALLEST_FLOPS = 2**26
+# oneDNN packs operands, up to 1 or 2 MB for each thread: at most a third of what these sizes leave to it.
+BYTES_PER_THREAD = 4 * 2**20
 SMALLEST_SIDE = 32
 
 torch.library.define("mstc::product", "(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
@@ -94,7 +94,7 @@ def _takes(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rank: int) -> bo
     rows, columns, inner = *out.shape[-2:], a.shape[-1]
     return (
         min(rows, columns, inner) >= SMALLEST_SIDE
-        and 2 * out.numel() * inner >= SMALLEST_FLOPS
+        and out.nbytes + a.nbytes + b.nbytes >= BYTES_PER_THREAD * torch.get_num_threads()
         and onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and all(x.device.type == "cpu" and (x.is_contiguous() or x.mT.is_contiguous()) for x in (out, a, b))

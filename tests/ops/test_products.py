@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mstc import compat
 from mstc.ops import products
+from testkit.allocator import measured_peak
 
 needs_onednn = pytest.mark.skipif(
     compat.onednn_product() is None, reason="oneDNN's product needs AVX-512 and a Linux build of PyTorch"
@@ -34,7 +35,7 @@ def calls() -> Any:
     with (
         mock.patch.object(compat, "onednn_product", return_value=noting),
         mock.patch.object(products, "onednn_is_faster", return_value=True),
-        mock.patch.object(products, "SMALLEST_FLOPS", 0),
+        mock.patch.object(products, "BYTES_PER_THREAD", 0),
         mock.patch.object(products, "SMALLEST_SIDE", 1),
     ):
         yield found
@@ -145,13 +146,38 @@ def test_wrong_shapes_are_pytorchs_error(function: Callable[..., Tensor], calls:
     assert not calls
 
 
-def test_small_products_are_pytorchs() -> None:
+@pytest.mark.parametrize("shape", [(64, 64, 64), (1, 4096, 4096), (4096, 4096, 1), (4096, 1, 4096)])
+def test_small_products_are_pytorchs(shape: tuple[int, int, int]) -> None:
+    """What oneDNN packs for each thread would count beside them."""
+    m, k, n = shape
     with (
         mock.patch.object(products, "onednn_is_faster", return_value=True),
         mock.patch.object(compat, "onednn_product", side_effect=AssertionError("was called")),
     ):
-        for m, k, n in ((64, 64, 64), (1, 4096, 4096), (4096, 4096, 1), (4096, 1, 4096)):
-            products.mm(_random(m, k), _random(k, n), out=_poisoned(m, n))
+        products.mm(_random(m, k), _random(k, n), out=_poisoned(m, n))
+
+
+@needs_onednn
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_packed_is_little(threads: int) -> None:
+    """The allocator's peak in the smallest products that are oneDNN's, beside their operands."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows, width = 1024, 1024 if threads > 1 else 512
+        x, w, y = _random(rows, 512), _random(width, 512), _random(rows, width)
+        runs = [
+            lambda: torch.ops.mstc.product(y, x, w.t(), False),
+            lambda: torch.ops.mstc.product(x, y, w, False),
+            lambda: torch.ops.mstc.product(w, y.t(), x, True),
+        ]
+        held = x.nbytes + w.nbytes + y.nbytes
+        assert products.BYTES_PER_THREAD * threads <= held < 2 * products.BYTES_PER_THREAD * threads
+        for run in runs:
+            run()
+            assert measured_peak(run, torch.nn.Identity()) < held / 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

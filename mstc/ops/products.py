@@ -18,8 +18,8 @@ import torch
 
 from mstc import compat
 
-# oneDNN packs operands, up to 1 or 2 MB for each thread: at most a third of what these sizes leave to it.
-BYTES_PER_THREAD = 4 * 2**20
+# Below this, calling the operator and looking up oneDNN's kernel cost more than MKL's product does.
+FLOPS_PER_THREAD = 2**23
 SMALLEST_SIDE = 32
 
 torch.library.define("mstc::product", "(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
@@ -94,9 +94,18 @@ def _takes(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rank: int) -> bo
     rows, columns, inner = *out.shape[-2:], a.shape[-1]
     return (
         min(rows, columns, inner) >= SMALLEST_SIDE
-        and out.nbytes + a.nbytes + b.nbytes >= BYTES_PER_THREAD * torch.get_num_threads()
+        and 2 * out.numel() * inner >= FLOPS_PER_THREAD * torch.get_num_threads()
+        and 2 * packed_bytes(a, out) <= out.nbytes + a.nbytes + b.nbytes
         and onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and all(x.device.type == "cpu" and (x.is_contiguous() or x.mT.is_contiguous()) for x in (out, a, b))
         and (a.shape, b.shape) == ((*out.shape[:-1], inner), (*out.shape[:-2], inner, columns))
     )
+
+
+def packed_bytes(a: torch.Tensor, out: torch.Tensor) -> int:
+    """About how much oneDNN lays out anew at once, in buffers of its own: each thread a part of ``b``, and of ``a``
+    where that is the transpose of a dense matrix."""
+    rows, inner = out.shape[-2], a.shape[-1]
+    of_a, of_b = (0 if a.is_contiguous() else min(rows, 256) * inner), 128 * min(inner, 512)
+    return (of_a + of_b) * out.itemsize * torch.get_num_threads()

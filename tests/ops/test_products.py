@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ needs_onednn = pytest.mark.skipif(
     compat.onednn_product() is None, reason="oneDNN's product needs AVX-512 and a Linux build of PyTorch"
 )
 
+PACKED_BYTES = products.packed_bytes
 Calls = list[tuple[int, ...]]
 
 
@@ -35,7 +37,8 @@ def calls() -> Any:
     with (
         mock.patch.object(compat, "onednn_product", return_value=noting),
         mock.patch.object(products, "onednn_is_faster", return_value=True),
-        mock.patch.object(products, "BYTES_PER_THREAD", 0),
+        mock.patch.object(products, "FLOPS_PER_THREAD", 0),
+        mock.patch.object(products, "packed_bytes", return_value=0),
         mock.patch.object(products, "SMALLEST_SIDE", 1),
     ):
         yield found
@@ -157,27 +160,33 @@ def test_small_products_are_pytorchs(shape: tuple[int, int, int]) -> None:
         products.mm(_random(m, k), _random(k, n), out=_poisoned(m, n))
 
 
+PACKED = [(64, 64, 64), (256, 256, 1024), (512, 512, 2048), (1024, 64, 512), (2048, 1024, 4096)]
+
+
 @needs_onednn
 @pytest.mark.parametrize("threads", [1, 2])
-def test_what_is_packed_is_little(threads: int) -> None:
-    """The allocator's peak in the smallest products that are oneDNN's, beside their operands."""
+@pytest.mark.parametrize("shape", PACKED)
+def test_what_is_packed(shape: tuple[int, int, int], threads: int) -> None:
+    """Of a linear's three products, at the allocator: at most about what is expected."""
+    rows, width, columns = shape
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rows, width = 1024, 1024 if threads > 1 else 512
-        x, w, y = _random(rows, 512), _random(width, 512), _random(rows, width)
-        runs = [
-            lambda: torch.ops.mstc.product(y, x, w.t(), False),
-            lambda: torch.ops.mstc.product(x, y, w, False),
-            lambda: torch.ops.mstc.product(w, y.t(), x, True),
-        ]
-        held = x.nbytes + w.nbytes + y.nbytes
-        assert products.BYTES_PER_THREAD * threads <= held < 2 * products.BYTES_PER_THREAD * threads
-        for run in runs:
+        x, w, y = _random(rows, width), _random(columns, width), _random(rows, columns)
+        for out, a, b in ((y, x, w.t()), (x, y, w), (w, y.t(), x)):
+            run = partial(torch.ops.mstc.product, out, a, b, False)
             run()
-            assert measured_peak(run, torch.nn.Identity()) < held / 3
+            assert measured_peak(run, torch.nn.Identity()) <= 1.25 * products.packed_bytes(a, out) + 4096
     finally:
         torch.set_num_threads(before)
+
+
+def test_products_that_would_be_packed_whole_are_pytorchs(calls: Calls) -> None:
+    """The gradient of a narrow weight over many tokens."""
+    y, x = _random(4096, 64), _random(4096, 64)
+    with mock.patch.object(products, "packed_bytes", PACKED_BYTES):
+        products.mm(y.t(), x, out=_poisoned(64, 64))
+    assert not calls
 
 
 @pytest.mark.parametrize(

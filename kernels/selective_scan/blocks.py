@@ -14,8 +14,8 @@ reverse (the equations are in ``chunked.py``): with W_t = exp(dt_t A) dh_t and P
 
 A tail is padded with zero tokens: dt = 0 leaves the state as it is.
 
-A body takes some 40 us of one thread and writes to its arguments; its channels are shared among as many threads as
-there is work for. Where other programs take the cores, they wait for each other longer than that:
+A body takes some 40 us of one thread and writes to arguments that it does not read; its channels are shared among as
+many threads as there is work for. Where other programs take the cores, they wait for each other longer than that:
 `torch.set_num_threads(1)` is faster there.
 """
 
@@ -64,11 +64,13 @@ def _walk(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[l
     return decays, states
 
 
-def forward_block(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, y: Tensor) -> Block:
-    """x, dt [L, D], a [N, D], b, c [L, N]; fills y [L, D] and moves ``state`` [N, D] to after the block."""
+def forward_block(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, y: Tensor, final: Tensor
+) -> Block:
+    """x, dt [L, D], a [N, D], b, c [L, N], ``state`` [N, D] before the block; fills y [L, D] and the state after it."""
     _, states = _walk(x, dt, a, b, state)
     y.copy_((torch.stack(states[1:]) * c.unsqueeze(-1)).sum(1))
-    state.copy_(states[-1])
+    final.copy_(states[-1])
     return ()
 
 
@@ -85,16 +87,15 @@ def reverse_block(
     c: Tensor,
     dy: Tensor,
     state: Tensor,
-    grad_state: Tensor,
-    da: Tensor,
-    *grads: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    *targets: Tensor,
 ) -> Block:
-    """``state``: before the block. Fills ``grads``, dx, ddt [L, D], db, dc [L, N]; adds to ``da`` [N, D].
+    """``state`` [N, D]: before the block; ``grad``: that of the state after it; ``total``: dA of the tokens after it.
 
-    Moves ``grad_state`` [N, D], the gradient of the state after the block, to before it.
+    Fills ``targets``: dx, ddt [L, D], db, dc [L, N], the gradient of the state before the block, and dA with it.
     """
     decays, states = _walk(x, dt, a, b, state)
-    grad, total = grad_state, da
     dh: list[Tensor] = []
     products: list[Tensor] = []
     for t in reversed(range(x.shape[0])):
@@ -107,7 +108,7 @@ def reverse_block(
     ddt = (torch.stack(products) * a).sum(1) + x * du
     db = (stacked * (dt * x).unsqueeze(1)).sum(-1)
     dc = (torch.stack(states[1:]) * dy.unsqueeze(1)).sum(-1)
-    for target, value in zip((*grads, da, grad_state), (dt * du, ddt, db, dc, total, grad), strict=True):
+    for target, value in zip(targets, (dt * du, ddt, db, dc, grad, total), strict=True):
         target.copy_(value)
     return ()
 
@@ -171,18 +172,24 @@ def _deliver(tensor: Tensor, target: Tensor) -> None:
         tensor.copy_(target[: tensor.shape[0]])
 
 
-def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, y: Tensor, kept: Tensor, state: Tensor) -> None:
-    """A stretch of whole segments: part x, dt, b, c; fills y [T, D], kept [segments, N, D] and moves ``state``."""
+def _forward_stretch(part: Sequence[Tensor], matrix: Tensor, y: Tensor, kept: Tensor, state: Tensor) -> Tensor:
+    """A stretch of whole segments: part x, dt, b, c; fills y [T, D], kept [segments, N, D]; the state after it.
+
+    Blocks write by turns into ``state`` and a second buffer.
+    """
     target = _target(y, part[0].shape[0], state.dtype)
     blocks = list(zip(*(_cut(p, FORWARD_TOKENS) for p in (*part, target)), strict=True))
     x, dt, b, c, out = blocks[0]
-    body = _body(forward_block, x, dt, matrix, b, c, state, out)
+    final = torch.empty_like(state)
+    body = _body(forward_block, x, dt, matrix, b, c, state, out, final)
     per_segment = len(blocks) // kept.shape[0]
     for i, (x, dt, b, c, out) in enumerate(blocks):
         if i % per_segment == 0:
             kept[i // per_segment] = state
-        body(x, dt, matrix, b, c, state, out)
+        body(x, dt, matrix, b, c, state, out, final)
+        state, final = final, state
     _deliver(y, target)
+    return state
 
 
 @torch.no_grad()
@@ -212,12 +219,12 @@ def run_forward(
                 loads = ((x, tile), (dt, tile), (b, whole), (c, whole))
                 part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
                 states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
-                _forward_stretch(part, matrix, y[row, start:stop, tile], states, state)
+                state = _forward_stretch(part, matrix, y[row, start:stop, tile], states, state)
             final[sequence, tile] = state.mT
     return y, final, kept
 
 
-def _walks(part: Sequence[Tensor], matrix: Tensor, state: Tensor, segment: int) -> list[Walk]:
+def _walks(part: Sequence[Tensor], matrix: Tensor, segment: int) -> list[Walk]:
     """The walks through a segment, one after the other: the body, and its x, dt, b for each segment of the stretch."""
     walks: list[Walk] = []
     last = segment - REVERSE_TOKENS
@@ -225,7 +232,7 @@ def _walks(part: Sequence[Tensor], matrix: Tensor, state: Tensor, segment: int) 
         stop = min(start + WALK_TOKENS, last)
         rows = list(zip(*(_cut(p, segment, start, stop) for p in part), strict=True))
         x, dt, b = rows[0]
-        walks.append((_body(walk_block, x, dt, matrix, b, state), rows))
+        walks.append((_body(walk_block, x, dt, matrix, b, matrix), rows))
     return walks
 
 
@@ -242,33 +249,36 @@ def _reverse_stretch(
     part: Sequence[Tensor],
     matrix: Tensor,
     kept: Tensor,
-    grad_state: Tensor,
-    da: Tensor,
+    carried: Block,
     grads: Sequence[Tensor],
-) -> None:
+) -> Block:
     """A stretch of whole segments in reverse: part x, dt, b, c, dy; kept [segments, N, D].
 
-    Fills the first two of ``grads``, dx and ddt [T, D], and adds to the others, db and dc [T, N], and to ``da``. Moves
-    ``grad_state``, the gradient of the state after the stretch, to before it.
+    Fills the first two of ``grads``, dx and ddt [T, D], and adds to the others, db and dc [T, N]. ``carried``: the
+    gradient of the state after the stretch and dA of the tokens after it, [N, D] both; returns those before it. Blocks
+    write by turns into these and a second pair.
     """
-    tokens, dtype = part[0].shape[0], grad_state.dtype
+    tokens, dtype = part[0].shape[0], matrix.dtype
     targets = [_target(grad, tokens, dtype) for grad in grads[:2]]
     targets += [grad.new_empty((tokens, grad.shape[1]), dtype=dtype) for grad in grads[2:]]
     blocks = [_cut(p, REVERSE_TOKENS) for p in (*part, *targets)]
     x, dt, b, c, dy, *outs = (p[0] for p in blocks)
-    body = _body(reverse_block, x, dt, matrix, b, c, dy, grad_state, grad_state, da, *outs)
+    other: Block = tuple(map(torch.empty_like, carried))
+    body = _body(reverse_block, x, dt, matrix, b, c, dy, matrix, *carried, *outs, *other)
     segment = tokens // kept.shape[0]
-    walks = _walks(part[:3], matrix, grad_state, segment)
+    walks = _walks(part[:3], matrix, segment)
     for i in reversed(range(kept.shape[0])):
         before = _states_before(walks, i, matrix, kept[i].contiguous())
         first = i * len(before)
         for j in reversed(range(len(before))):
             x, dt, b, c, dy, *outs = (p[first + j] for p in blocks)
-            body(x, dt, matrix, b, c, dy, before[j], grad_state, da, *outs)
+            body(x, dt, matrix, b, c, dy, before[j], *carried, *outs, *other)
+            carried, other = other, carried
     for grad, target in zip(grads[:2], targets[:2], strict=True):
         _deliver(grad, target)
     for grad, target in zip(grads[2:], targets[2:], strict=True):
         grad += target[: grad.shape[0]]
+    return carried
 
 
 @torch.no_grad()
@@ -302,7 +312,7 @@ def run_backward(
                 part = [_load(t, row, start, stop, w, segment, dtype) for t, w in loads]
                 states = kept[slot : slot + part[0].shape[0] // segment, row, :, tile]
                 grads = [g[row, start:stop, w] for g, w in ((dx, tile), (ddt, tile), (db, whole), (dc, whole))]
-                _reverse_stretch(part, matrix, states, grad_state, total, grads)
+                grad_state, total = _reverse_stretch(part, matrix, states, (grad_state, total), grads)
             initial[sequence, tile] = grad_state.mT
         da[tile] = total.mT
     return dx, ddt, da, db.to(b.dtype), dc.to(c.dtype), initial

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+from torch._decomp import _should_decompose_because_unsafe_op
 from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
@@ -150,26 +151,24 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         self._casts = 0
         self._whole = whole
 
-    def _can_decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if super()._can_decompose(func, args, kwargs):
-            return True
-        return _is_made_of_others(func) and not self._whole(func)
-
     def __torch_dispatch__(
-        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.dropout.default and not _draws(*args, **kwargs):
             return self._idle_dropout(*args, **kwargs)
-        if not any_autocast() or not isinstance(func, OpOverload):
+        if not isinstance(func, OpOverload):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        devices = _devices(args, kwargs)
+        devices = _devices(args, kwargs) if any_autocast() else {}
         key = next((k for k in devices.values() if _has_kernel(func, k)), None)
         if key is not None:
             self._casts += 1
             with self:
                 return func._op_dk(key, *args, **kwargs)
-        if self._can_decompose(func, args, kwargs):
+        if _is_made_of_others(func) and not self._whole(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if not any_autocast() or _is_view_or_write(func):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func in _FLOAT32_WHOLE and devices:
             args, kwargs = self._in_float32(args, kwargs)
@@ -201,6 +200,13 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         with self:
             found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, widen, (args, kwargs))
         return found
+
+
+@functools.cache
+def _is_view_or_write(func: OpOverload) -> bool:
+    """Whether functionalization takes the op apart by itself, where it can be."""
+    aliases = any(a.alias_info for a in func._schema.arguments)
+    return aliases or func._schema.is_mutable or _should_decompose_because_unsafe_op(func)
 
 
 @functools.cache

@@ -57,9 +57,9 @@ def compile_block(
 ) -> Callable[..., Any]:
     """As ``compile_for``, for a function of some 20 us that is called often: calling it takes 9 us instead of 19.
 
-    What allocates and calls its kernels is compiled too, and nothing stands around that: ``function`` may write to its
-    arguments, only at its end and by ``copy_``, and to nothing else; what it returns are new tensors. No two of the
-    ``examples`` are the same tensor.
+    What allocates and calls its kernels is compiled too, and nothing stands around that: ``function`` may write to
+    arguments that it does not read (before torch 2.13 Inductor reads some after they were written), only at its end and
+    by ``copy_``, and to nothing else; what it returns are new tensors. No two of the ``examples`` are the same tensor.
     """
     with torch.no_grad(), inductor_config.patch(_settings(threads)):
         graph = make_fx(lambda *tensors: function(*tensors), select_decomp_table(), tracing_mode="fake")(*examples)

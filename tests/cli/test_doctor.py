@@ -12,7 +12,7 @@ from mstc.cli.main import main
 def test_doctor_passes_here() -> None:
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0, result.stdout
-    for part in (torch.__version__, "transformers", "registered", "passed"):
+    for part in (torch.__version__.split("+")[0], "transformers", "registered", "passed"):
         assert part in result.stdout
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mstc
 from testkit.exactness import chunked, compare
+from testkit.versions import BEFORE_2_13
 
 
 class Scaled(torch.autograd.Function):
@@ -131,8 +132,8 @@ def test_another_transform_leaves_the_graph_as_it_is() -> None:
 
 
 def test_one_that_changes_its_input_breaks_the_graph() -> None:
-    """Dynamo runs it between two graphs."""
+    """Dynamo runs it between two graphs; before torch 2.13 it keeps one."""
     given = leaves()
     run = program(**given, inner=lambda x: InPlace.apply(x.clone()))  # type: ignore[no-untyped-call]
     compare(run, given, arguments(), chunked(7, 5, "eager")).check()
-    assert len(mstc.reports()) > 1
+    assert BEFORE_2_13 or len(mstc.reports()) > 1

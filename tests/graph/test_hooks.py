@@ -9,6 +9,9 @@ from torch import Tensor
 import mstc
 from testkit.exactness import Comparison, chunked, compare, gradient_errors, gradients_of
 from testkit.tiny import Loss, Tiny, inputs, mean_loss
+from testkit.versions import NEEDS_HOOKS
+
+pytestmark = NEEDS_HOOKS
 
 
 def compared(model: Tiny, fn: Loss, lower: str = "aot_eager") -> Comparison:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from testkit.versions import NEEDS_INTERPRETER
+
 pytest.importorskip("triton")
 
 NATIVE = torch.cuda.is_available()
@@ -20,6 +22,7 @@ Compare = Callable[..., None]
 needs_a_way_to_run = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="needs TRITON_INTERPRET=1 or a GPU")
 
 
+@NEEDS_INTERPRETER
 def test_in_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so the tests below run in a process of their own."""
     if NATIVE or INTERPRETED:

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from mstc.kernels.delta_rule.reference import reference
 from mstc.kernels.dplr.reference import reference as dplr_reference
+from testkit.versions import BEFORE_TRITON_3_9, NEEDS_INTERPRETER
 
 pytest.importorskip("triton")
 
@@ -32,6 +33,7 @@ ALL = [(n, decay) for n in (1, 15, 63, 64, 65, 1000) for decay in ("none", "toke
 CASES = [*QUICK, *(pytest.param(*case, marks=slow) for case in ALL if case not in QUICK)]
 
 
+@NEEDS_INTERPRETER
 def test_in_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so the tests below run in a process of their own."""
     if NATIVE or INTERPRETED:
@@ -268,4 +270,4 @@ def test_compiles_ahead_of_time(name: str) -> None:
 
     row = compile_one(name, "bf16", "sm_90")
     assert row.fits, row
-    assert row.spills == 0, row
+    assert BEFORE_TRITON_3_9 or row.spills == 0, row

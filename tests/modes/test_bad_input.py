@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mstc.cli.heads.programs import PROGRAMS, Inputs, make_inputs
 from testkit.exactness import Gradients, chunked, gradients_of
 from testkit.tiny import Tiny, inputs, mean_loss, step
+from testkit.versions import BEFORE_2_13
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
@@ -35,6 +36,8 @@ def test_a_loss_that_is_no_scalar() -> None:
 @pytest.mark.parametrize("label", [11, -3])
 def test_targets_out_of_range(label: int, lower: str) -> None:
     """Eager raises IndexError; Inductor's own kernels, as without mstc, raise RuntimeError."""
+    if BEFORE_2_13 and lower == "inductor" and label < 0:
+        pytest.skip(f"in torch {torch.__version__} Inductor's kernels count negative targets from the end")
     x, labels = inputs()
     labels[1, 20] = label
     fn = step(Tiny(classes=11), mean_loss)

@@ -160,7 +160,7 @@ def test_small_products_are_pytorchs(shape: tuple[int, int, int]) -> None:
         products.mm(_random(m, k), _random(k, n), out=_poisoned(m, n))
 
 
-PACKED = [(64, 64, 64), (256, 256, 1024), (512, 512, 2048), (1024, 64, 512), (2048, 1024, 4096)]
+PACKED = [(256, 256, 1024), (512, 512, 2048), (1024, 64, 512), (2048, 1024, 4096)]
 
 
 @needs_onednn

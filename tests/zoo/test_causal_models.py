@@ -13,6 +13,7 @@ from mstc.report import RegionInfo
 from testkit.exactness import Comparison, chunked, compare, products_outside
 from testkit.float64 import true_float64
 from testkit.hf_models import CAUSAL, EXPERTS, causal, tokens
+from testkit.versions import NEEDS_FLOAT64_ATTENTION, NEEDS_SCANS
 
 
 def loss_of(model: nn.Module) -> Any:
@@ -68,6 +69,7 @@ def test_an_activation_of_its_own_gradient() -> None:
     assert not [r for r in result.reports[0].refusals if r.pass_name == "normal_form"]
 
 
+@NEEDS_SCANS
 def test_a_scan_under_vmap() -> None:
     """Mamba's is an associative scan, which Dynamo writes with vmap: projections, norms and the head are in loops."""
     with true_float64():
@@ -110,6 +112,7 @@ def test_experts_as_grouped_products_in_float32(kind: str) -> None:
     check_loops(result)
 
 
+@NEEDS_FLOAT64_ATTENTION
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 @pytest.mark.inductor
 def test_exact_through_inductor(kind: str) -> None:

@@ -19,6 +19,7 @@ __all__ = ["DEFAULT", "INDUCTOR_VARIANTS", "SYSTEMS", "LossFn", "System"]
 LossFn = Callable[[Tensor], Tensor]  # ids [B, S] -> the mean loss, a scalar
 
 _HEAD_CHUNK = 512  # tokens per chunk of F.linear_cross_entropy; its default holds all logits at once
+_HAS_LINEAR_CE = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.13
 _BUDGETS = (0.0, 0.25, 0.5, 0.75)  # 1.0 is Inductor's default
 _ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -82,7 +83,9 @@ def _inductor_chunker(model: Any, options: dict[str, Any]) -> LossFn:
 
 
 def _inductor_linear_ce(model: Any, options: dict[str, Any]) -> LossFn:
-    """The head and loss by hand through F.linear_cross_entropy (torch 2.13)."""
+    """The head and loss by hand through F.linear_cross_entropy."""
+    if not _HAS_LINEAR_CE:
+        raise RuntimeError(f"F.linear_cross_entropy needs torch 2.13 or later, this is {torch.__version__}")
     chunked = nn.LinearCrossEntropyOptions(batch_chunk_size=_HEAD_CHUNK)
 
     def loss_fn(ids: Tensor) -> Tensor:
@@ -129,5 +132,5 @@ SYSTEMS: dict[str, System] = {
         for budget in _BUDGETS
     },
 }
-DEFAULT = tuple(_USUAL)
+DEFAULT = tuple(name for name in _USUAL if _HAS_LINEAR_CE or name != "inductor-linear-ce")
 INDUCTOR_VARIANTS = tuple(name for name in DEFAULT if name.startswith("inductor"))

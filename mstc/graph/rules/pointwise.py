@@ -61,6 +61,7 @@ POINTWISE_RULES: dict[object, Rule] = {
             aten.ones_like.default,
             aten.full_like.default,
             aten.empty_like.default,
+            aten.leaky_relu.default,  # tagged since torch 2.13
             aten.relu6.default,
             aten.hardswish.default,
             aten.selu.default,

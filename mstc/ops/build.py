@@ -210,12 +210,13 @@ class _Builder:
         for length in self.static_lengths():
             at = _Lengths.of({LENGTH: length})
             made[length] = self._compile(forward_body(self.region, at.values), at)
-        first = next(iter(made.values()))
+        general = next(iter(made.values())).traced.backward
+        backward = {length: _as_laid_out(b, general) for length, b in made.items()}
         program = self._program(
             key,
-            first.traced.backward,
+            general,
             {length: b.forward for length, b in made.items() if b.forward is not None},
-            {length: b.backward for length, b in made.items() if b.backward is not None},
+            {length: body for length, body in backward.items() if body is not None},
         )
         longest = next(iter(made))
         return replace(program, measure=partial(made[longest].traced.costs, longest, self.recipe.fused))
@@ -326,10 +327,11 @@ def examples_of(region: Region) -> dict[sympy.Symbol, int]:
 def _as_laid_out(own: _Bodies, general: BackwardBody | None) -> Body | None:
     """The backward body for special lengths, called as the general one is, its results in the places of that one's.
 
-    With its lengths known a body may read fewer inputs, and the same node may serve as two results.
+    With its lengths known a body may read fewer inputs, and the same node may serve as two results: a sum over a
+    chunk of one token is that token's value.
     """
     run = own.backward
-    if own.traced.backward is None or general is None or run is None:
+    if own.traced.backward is None or general is None or run is None or own.traced.backward.call == general.call:
         return run
     a, b = own.traced.backward.call, general.call
     taken = _inputs_of(a, b)

@@ -40,6 +40,21 @@ def test_chunk_sizes(chunk: int) -> None:
     compare(step(model), parameters(model), inputs(), chunked(chunk, chunk, "eager")).check()
 
 
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+def test_a_tail_of_one_token_with_a_value_of_each_text(lower: str) -> None:
+    """Its gradient is the sum over a chunk's tokens: of one token, the very gradient that a product's weight needs."""
+    model, (x, labels) = Tiny(), inputs(2, 23)
+    context = torch.randn(2, 1, 24, dtype=x.dtype).requires_grad_()
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        hidden = x + model.downs[0](F.elu(model.ups[0](x) + context))
+        return mean_loss(model.head(model.norms[1](hidden)), labels)
+
+    result = compare(loss, {**parameters(model), "context": context}, (x, labels), chunked(4, 4, lower))
+    result.check()
+    assert result.loops >= 2, result.describe()
+
+
 @pytest.mark.parametrize("length", [8, 24, 11, 2])
 def test_length_equal_to_another_size(length: int) -> None:
     """S equal to the width, the inner width, the classes, the batch."""

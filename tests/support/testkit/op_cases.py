@@ -418,7 +418,7 @@ CASES: dict[Any, Case] = {
         (
             aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,
             aten.lift_fresh_copy.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default,
-            aten.relu6.default, aten.hardswish.default, aten.selu.default, aten.celu.default,
+            aten.leaky_relu.default, aten.relu6.default, aten.hardswish.default, aten.selu.default, aten.celu.default,
             aten.log_sigmoid.default, aten.square.default,
         ),
         _one(),

@@ -166,8 +166,8 @@ class _Whole:
         nearest = self._call(
             aten.div.Tensor_mode, self._call(aten.sub.Tensor, at, site.start), site.step, rounding_mode="floor"
         )
-        self._nearest = self._call(aten.clamp.default, nearest, 0, editor.number(taken - 1, like=site.cut.node))
-        own = self._call(aten.add.Tensor, self._call(aten.mul.Tensor, self._nearest, site.step), site.start)
+        nearest = self._call(aten.clamp.default, nearest, 0, editor.number(taken - 1, like=site.cut.node))
+        own = self._call(aten.add.Tensor, self._call(aten.mul.Tensor, nearest, site.step), site.start)
         self._taken = self._call(aten.eq.Tensor, own, at)
         self._made: dict[fx.Node, fx.Node] = {}
         self._read: dict[tuple[fx.Node, Place], fx.Node] = {}
@@ -218,13 +218,27 @@ class _Whole:
         return self._read[source, place]
 
     def _nearest_of(self, source: fx.Node, place: Place) -> fx.Node:
-        shape = shape_of(source.meta["val"])
-        rows = Rows(shape, (place,))
-        lined = reshape(
-            self._editor, self._editor.resolve(source), (rows.ahead, place.n, rows.stride), self._site.cut.node
-        )
-        read = self._call(aten.index_select.default, lined, 1, self._nearest)
-        return reshape(self._editor, read, self._shape(source, place), self._site.cut.node)
+        """The first token's value up to it, each token's until the next, the last one's to the end.
+
+        Put together of copies: Inductor fails on positions that are rounded and clamped (`index_select` by them).
+        """
+        rows = Rows(shape_of(source.meta["val"]), (place,))
+        like, step, length = self._site.cut.node, self._site.step, self._length
+        lined = reshape(self._editor, self._editor.resolve(source), (rows.ahead, place.n, rows.stride), like)
+
+        def copies(of: fx.Node, count: Size) -> fx.Node:
+            return self._call(aten.expand.default, of, self._numbers((rows.ahead, count, rows.stride)))
+
+        parts = [copies(self._call(aten.slice.Tensor, lined, 1, 0, 1), self._site.start)] if self._site.start else []
+        repeated = lined
+        if step > 1:
+            several = self._call(aten.unsqueeze.default, lined, 2)
+            several = self._call(aten.expand.default, several, self._numbers((rows.ahead, place.n, step, rows.stride)))
+            repeated = reshape(self._editor, several, (rows.ahead, place.n * step, rows.stride), like)
+        parts += [repeated, copies(self._call(aten.slice.Tensor, lined, 1, -1), length)]
+        whole = self._call(aten.cat.default, parts, 1)
+        read = self._call(aten.slice.Tensor, whole, 1, 0, self._editor.number(length, like=like))
+        return reshape(self._editor, read, self._shape(source, place), like)
 
     def _mask(self, whole: fx.Node, place: Place) -> fx.Node:
         """Which tokens are taken, for a value that holds all of them at this place."""

@@ -1,7 +1,7 @@
 """Every private PyTorch API that mstc uses, each with its reason, by theme.
 
-Versions checked: 2.13 and 2.11 by running the tests (on the CPU), 2.12 by reading its sources. Nothing else in
-mstc may import a private name of torch (a test holds this).
+Versions checked: 2.11, 2.12 and 2.13, by running the tests (on the CPU). Nothing else in mstc may import a private
+name of torch (a test holds this).
 
 The modules `autocast`, `building` and `errors` are used by name; what the others offer stands here as well.
 """

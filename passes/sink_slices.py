@@ -230,11 +230,7 @@ class _Whole:
             return self._call(aten.expand.default, of, self._numbers((rows.ahead, count, rows.stride)))
 
         parts = [copies(self._call(aten.slice.Tensor, lined, 1, 0, 1), self._site.start)] if self._site.start else []
-        repeated = lined
-        if step > 1:
-            several = self._call(aten.unsqueeze.default, lined, 2)
-            several = self._call(aten.expand.default, several, self._numbers((rows.ahead, place.n, step, rows.stride)))
-            repeated = reshape(self._editor, several, (rows.ahead, place.n * step, rows.stride), like)
+        repeated = lined if step == 1 else self._call(aten.repeat_interleave.self_int, lined, step, 1)
         parts += [repeated, copies(self._call(aten.slice.Tensor, lined, 1, -1), length)]
         whole = self._call(aten.cat.default, parts, 1)
         read = self._call(aten.slice.Tensor, whole, 1, 0, self._editor.number(length, like=like))

@@ -168,11 +168,11 @@ class CastingMode(FunctionalTensorMode):  # type: ignore[no-untyped-call]
         if _is_made_of_others(func) and not self._whole(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        if not any_autocast() or _is_view_or_write(func):
+        if not devices or _is_view_or_write(func):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        if func in _FLOAT32_WHOLE and devices:
+        if func in _FLOAT32_WHOLE:
             args, kwargs = self._in_float32(args, kwargs)
-        elif devices and func._can_decompose() and _may_be_taken_apart(func):
+        elif func._can_decompose() and _may_be_taken_apart(func):
             before = self._casts
             with self:
                 result = func.decompose(*args, **kwargs)

@@ -67,7 +67,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in self.qkv(self.before(x)).chunk(3, -1))
         x = x + self.out(linear_attention(q, k, v).flatten(-2))
-        return x + self.experts(self.between(x))  # type: ignore[no-any-return]
+        mixed: Tensor = self.experts(self.between(x))
+        return x + mixed
 
 
 class LinearMoE(nn.Module):

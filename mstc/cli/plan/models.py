@@ -90,7 +90,8 @@ def build(config: Any, layers: int, dtype: torch.dtype, attention: str = "sdpa")
 
 def loss_of(model: Any) -> Callable[[Tensor], Tensor]:
     def loss_fn(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        return loss
 
     return loss_fn
 

@@ -27,12 +27,13 @@ from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.loops import loop_key, savings_of
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.recompute import RECOMPUTE
+from mstc.plan.borders import can_run_again
 from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
 from mstc.plan.devices import Device, local
 from mstc.plan.memory import simulate
 from mstc.plan.saves import Levels
 from mstc.plan.solve import Solution, chosen_calls, least_peak, solve
-from mstc.plan.stages import Levers, Stage, can_run_again, stages_of
+from mstc.plan.stages import Levers, Stage, stages_of
 from mstc.plan.words import bytes_text, in_words
 from mstc.report import Fidelity, Refusal
 

@@ -55,6 +55,8 @@ def _parts(region: Region) -> Iterator[str]:
     if "output projection" in roles.values():
         yield "output projection"
     yield from _norms(region)
+    if any(n.target is aten.scaled_dot_product_attention.default for n in region.nodes):
+        yield "attention over few keys"
     heads = {h for h in region.heavy if _is_last(h, within)} if region.sums else set()
     for role in ("experts", "gated MLP", "MLP", "router", "q/k/v projection", "projection"):
         if any(found == role for h, found in roles.items() if h not in heads):

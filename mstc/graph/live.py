@@ -8,6 +8,7 @@ as it is computed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,6 +23,8 @@ aten = torch.ops.aten
 def is_view(node: object) -> bool:
     """Whether the node's result lies in the memory of its first argument."""
     target = getattr(node, "target", None)
+    if isinstance(node, fx.Node) and target is operator.getitem:
+        return is_view(node.args[0])
     schema = getattr(target, "_schema", None)
     return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
@@ -50,12 +53,13 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
         if node.op == "call_function" and root_of(node) is node and (made is None or node in made):
             over = None
             if fused and not is_heavy(node):
-                over = next((v for v in gone if nbytes(v) == nbytes(node) and _alone(node, reads[v])), None)
+                over = next((v for v in gone if _may_write_over(node, v, reads[v], made)), None)
             if over is not None:
                 memory.rename(over, node)
                 gone = [v for v in gone if v is not over]
-            else:
-                memory.take(node)
+            elif not _is_result(node):
+                for value in _results(node):
+                    memory.take(value)
             if node not in ends:
                 memory.drop(node)
         for value in gone:
@@ -103,12 +107,45 @@ class _Pool(_Live):
         self._free.append(self._held.pop(node))
 
 
-def _alone(node: fx.Node, readers: Sequence[fx.Node]) -> bool:
-    """Whether a fused kernel may write ``node`` over a value: each other reader has run, since ``node`` is made of it.
+def _is_result(node: fx.Node) -> bool:
+    """Whether it stands for one of several results that an op makes."""
+    return node.target is operator.getitem and not is_view(node)
 
-    Inductor's rule (``SchedulerNode.decide_inplace_update``): a reader that merely comes earlier may share the kernel.
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """What an op makes: itself, or each of its results that is read, all there before its operands go."""
+    return [node, *filter(_is_result, node.users)]
+
+
+def _may_write_over(
+    node: fx.Node, value: fx.Node, readers: Sequence[fx.Node], made: Mapping[fx.Node, None] | None
+) -> bool:
+    """Whether a fused kernel may write ``node`` over ``value`` (``SchedulerNode.decide_inplace_update`` of Inductor).
+
+    Each other reader has run, since ``node`` is made of it (one that merely comes earlier may share the kernel), and
+    each element is written where it was read.
     """
-    return set(readers) <= ancestors([node])
+    return nbytes(value) == nbytes(node) and set(readers) <= ancestors([node]) and _in_place(node, value, made)
+
+
+def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
+    """Whether ``node`` reads ``value`` in the order that both lie in, also through what is computed on the way."""
+    for operand in node.all_input_nodes:
+        root = root_of(operand)
+        if root is value:
+            if _reordered(operand.meta.get("val"), node.meta.get("val")):
+                return False
+        elif made is not None and root.op == "call_function" and root not in made and not _in_place(root, value, made):
+            return False
+    return True
+
+
+def _reordered(read: object, written: object) -> bool:
+    """Whether two values of one shape lie in memory in different orders."""
+    if not isinstance(read, torch.Tensor) or not isinstance(written, torch.Tensor) or read.shape != written.shape:
+        return False
+    strides = zip(read.shape, read.stride(), written.stride(), strict=True)
+    return any(a != b for size, a, b in strides if size != 1)
 
 
 def _reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:

@@ -42,7 +42,10 @@ _REMAKING = (
 # Values made of labels belong to their loss where they are so many times larger.
 WIDE_TARGETS = 8
 
-# Tokenwise along batch or query axes, but never worth running piece by piece with recomputation:
+# Attention over so few keys costs little to run again: of each token over what layers made of it, or over its fields.
+FEW_KEYS = 16
+
+# Tokenwise along batch or query axes, but not worth running piece by piece with recomputation:
 # attention costs most to run again, and a table's gradient is a scatter into the whole table.
 _LEFT_OUT = (aten.scaled_dot_product_attention.default, aten.embedding.default)
 
@@ -316,7 +319,16 @@ def _is_sum(axes: Axes, axis: Axis, node: fx.Node) -> bool:
 
 
 def _may_enter(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target not in _LEFT_OUT and not has_order(node)
+    left_out = node.target in _LEFT_OUT and not _attends_to_few(node)
+    return node.op == "call_function" and not left_out and not has_order(node)
+
+
+def _attends_to_few(node: fx.Node) -> bool:
+    """Whether this is attention with few keys, whatever the call."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    keys = shape_of(operands_of(node)[1].meta["val"])[-2]
+    return isinstance(keys, int) and keys <= FEW_KEYS
 
 
 def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes, weights: Weights) -> bool:

@@ -110,6 +110,8 @@ def read_step(gm: fx.GraphModule, training: bool, fused: bool = True) -> Step:
     others = [n.name for n in placeholders if n.name not in needing]
     outputs = [reader.memory(n) for n in gm.graph.output_node().all_input_nodes]
     step = Step(calls, reader.sizes, tuple(needing), tuple(others), tuple(outputs), training)
+    if training:
+        step = _without_dead_gradients(step)
     return _without_cheap_keeps(step) if training and fused else step
 
 
@@ -320,6 +322,19 @@ def _copied_gradient(node: fx.Node) -> int:
 
 def _is_causal(node: fx.Node) -> bool:
     return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal"))
+
+
+def _without_dead_gradients(step: Step) -> Step:
+    """Calls whose results bring no gradient (behind a ``detach``) have no backward and keep nothing for one."""
+    brought = {m for c in step.calls for m in c.needs if m in step.outputs}
+    calls = []
+    for c in reversed(step.calls):
+        if brought.intersection(c.needs):
+            brought.update(c.grads)
+        else:
+            c = replace(c, keeps=(), grads=(), needs=())
+        calls.append(c)
+    return replace(step, calls=calls[::-1])
 
 
 def _without_cheap_keeps(step: Step) -> Step:

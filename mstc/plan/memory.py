@@ -43,14 +43,26 @@ class Timeline:
         return max(self.points, key=lambda p: p.total)
 
 
+@dataclass(frozen=True)
+class Border:
+    """What a part of a step shares with the calls before and after it.
+
+    entering: memories made before it that nothing reads after it, forward or backward;
+    incoming: memories whose gradients the calls after it bring.
+    """
+
+    entering: frozenset[str]
+    incoming: frozenset[str]
+
+
 def predict(gm: fx.GraphModule, training: bool = True, fused: bool = True) -> Timeline:
     """The memory of a step of this graph (in normal form, with its loops); ``fused`` as in `read_step`."""
     return simulate(read_step(gm, training, fused))
 
 
-def simulate(step: Step, part: bool = False) -> Timeline:
-    """Liveness over the calls of a step; of a ``part`` of one, the outputs belong to what comes after."""
-    run = _Run(step, part)
+def simulate(step: Step, border: Border | None = None) -> Timeline:
+    """Liveness over the calls of a step; of a part, which has a ``border``, the outputs belong to what comes after."""
+    run = _Run(step, border)
     for i, call in enumerate(step.calls):
         run.forward(i, call)
     if step.training:
@@ -87,7 +99,7 @@ class _Held:
 @dataclass
 class _Run:
     step: Step
-    part: bool
+    border: Border | None
     points: list[Point] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,6 +120,8 @@ class _Run:
         for m, i in needs.items():
             self._dropped_after.setdefault(i, []).append(m)
         self._needed = set(needs)
+        if self.border is not None:
+            self._rest.add(self.border.entering)
 
     def _what_is_kept(self) -> set[str]:
         """What the backward reads, and what runs again starts from."""
@@ -139,9 +153,11 @@ class _Run:
 
     def turn(self) -> None:
         """The gradient of the results comes in; nothing is left of the forward but what the backward needs."""
-        results = [m for m in self.step.outputs if m in self._makers and m in self._makers[m].needs]
-        self._flowing.add(results)
-        if self.part:
+        if self.border is None:
+            self._flowing.add(m for m in self.step.outputs if m in self._makers and m in self._makers[m].needs)
+        else:
+            self._own.add(self.border.incoming & self._fixed)
+            self._flowing.add(self.border.incoming - self._fixed)
             self._rest.drop(self.step.outputs)
             self._saved.drop(set(self.step.outputs) - self._needed)
 

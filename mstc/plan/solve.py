@@ -1,10 +1,11 @@
 """The fastest choice of options under a budget, exactly, by a dynamic program over the stages.
 
     minimize  sum_i seconds_i   subject to, for every stage i,
-    resident + sum_{j<i} saved_j + carry_{i-1} + forward_i <= budget,
-    resident + sum_{j<i} saved_j + carry_{i-1} + sum_{j>i} gradients_j + backward_i <= budget,
+    resident + sum_{j<i} saved_j + carry_{i-1} + passing_i + forward_i <= budget,
+    resident + sum_{j<i} saved_j + carry_{i-1} + passing_i + sum_{j>i} gradients_j + backward_i <= budget,
 
-with carry_{i-1} what the stage before offloads and this one holds again. Going forward, all that matters of the stages
+with carry_{i-1} what the stage before offloads and this one holds again, and passing_i what others hand to each other
+over it. Going forward, all that matters of the stages
 so far is (bytes saved, seconds) and the last one's carry; of two such states with the same carry, one that is no
 better in either is dropped. Both constraints only tighten as bytes are saved, so this loses no solution. A smaller
 budget admits fewer solutions: it never gets a shorter time. Among the fastest plans the one of least peak is taken, so
@@ -79,10 +80,10 @@ def chosen_calls(stages: Sequence[Stage], solution: Solution) -> list[Call]:
 def _fastest(stages: Sequence[Stage], resident: int, budget: int | None) -> Solution | None:
     states = _States.start()
     trail: list[_States] = []
-    for stage, gradients in zip(stages, _gradients_after(stages), strict=True):
+    for stage, beside in zip(stages, _beside(stages), strict=True):
         made: dict[tuple[int, int], list[_States]] = {}
         for i, option in enumerate(stage.options):
-            made.setdefault(option.carry, []).append(_extend(i, option, states, resident, gradients, budget))
+            made.setdefault(option.carry, []).append(_extend(i, option, states, resident, beside, budget))
         states = _States.joined([_States.joined(alike).pruned() for alike in made.values()])
         if not states.saved.numel():
             return None
@@ -99,20 +100,21 @@ def _fastest(stages: Sequence[Stage], resident: int, budget: int | None) -> Solu
 def peak_of(stages: Sequence[Stage], options: Sequence[Option], resident: int) -> int:
     """The peak of one option per stage."""
     peak, saved, carry = resident, 0, (0, 0)
-    for option, gradients in zip(options, _gradients_after(stages), strict=True):
-        held = max(carry[0] + option.forward, carry[1] + gradients + option.backward)
+    for option, (forward, backward) in zip(options, _beside(stages), strict=True):
+        held = max(carry[0] + forward + option.forward, carry[1] + backward + option.backward)
         peak = max(peak, resident + saved + held)
         saved += option.saved
         carry = option.carry
     return peak
 
 
-def _gradients_after(stages: Sequence[Stage]) -> list[int]:
-    total, after = 0, []
+def _beside(stages: Sequence[Stage]) -> list[tuple[int, int]]:
+    """Bytes that lie beside each stage in its forward and backward, whatever is chosen."""
+    total, found = 0, []
     for stage in reversed(stages):
-        after.append(total)
+        found.append((stage.passing[0], stage.passing[1] + total))
         total += stage.gradients
-    return after[::-1]
+    return found[::-1]
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,12 @@ class _States:
         return found.at(found.spent < before * (1 - 1e-12))
 
 
-def _extend(number: int, option: Option, states: _States, resident: int, gradients: int, budget: int | None) -> _States:
+def _extend(
+    number: int, option: Option, states: _States, resident: int, beside: tuple[int, int], budget: int | None
+) -> _States:
     """Every state to which the option may be added, with it."""
-    held = torch.maximum(states.carry + option.forward, states.carry_back + (gradients + option.backward))
+    forward, backward = beside
+    held = torch.maximum(states.carry + (forward + option.forward), states.carry_back + (backward + option.backward))
     if budget is None:
         fits = torch.arange(held.numel())
     else:

@@ -7,17 +7,18 @@ residual stream). With everything before it reduced to the bytes that it keeps,
                                  resident + sum_{j<i} saved_j + sum_{j>i} gradients_j + backward_i,
 
 so stages that are alike are measured once. What a stage offloads is not saved, but where the next stage reads it, it
-is held there again, as is what the next stage reads and no backward does: `Option.carry` bytes, which the solver adds
-to the stage that follows.
+is held there again: `Option.carry` bytes, which the solver adds to the stage that follows. What other stages hand to
+each other over this one (skip connections, and their gradients) is in `Stage.passing`; see `borders.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mstc.plan.borders import Shared, can_run_again, read_backward, shared_by
 from mstc.plan.calls import Call, Step
 from mstc.plan.devices import Device
 from mstc.plan.memory import simulate
@@ -55,11 +56,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Stage:
-    """Calls that are chosen for together; gradients: bytes of those of its parameters."""
+    """Calls that are chosen for together.
+
+    gradients: bytes of those of its parameters that no later stage has brought; passing: bytes that stages before and
+    after it hand to each other while it runs its forward and backward, saved values left out.
+    """
 
     calls: tuple[Call, ...]
     gradients: int
     options: tuple[Option, ...]
+    passing: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -86,21 +92,16 @@ def stages_of(step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVER
     Stages that are alike are measured once.
     """
     bench = _Bench(step, device, dtype, levers)
-    known: dict[Any, Stage] = {}
+    known: dict[Any, tuple[Option, ...]] = {}
     found = []
     cut = list(_cut(step))
     movable = _movable(step, cut) if levers.offload and step.training else [()] * len(cut)
-    for calls, places in zip(cut, movable, strict=True):
-        key = (places, *(_shape(c, step) for c in calls))
+    for calls, places, shared in zip(cut, movable, shared_by(step, cut), strict=True):
+        key = (places, _shape(calls, shared, step))
         if key not in known:
-            known[key] = bench.stage(calls, places)
-        found.append(replace(known[key], calls=tuple(calls)))
+            known[key] = bench.options(calls, shared, places)
+        found.append(Stage(tuple(calls), shared.gradients, known[key], shared.passing))
     return found
-
-
-def can_run_again(call: Call) -> bool:
-    """Loops that lead only to mixers, and mixers."""
-    return call.kind == "mixer" or (call.kind == "loop" and call.again)
 
 
 def apply_choice(calls: Sequence[Call], choice: Choice) -> list[Call]:
@@ -145,11 +146,23 @@ def _cut(step: Step) -> Iterator[list[Call]]:
         yield stage
 
 
-def _shape(call: Call, step: Step) -> tuple[object, ...]:
-    """What two calls that cost the same share."""
-    program = call.program.key if call.program is not None else call.label
-    savings = tuple(s.program.key for s in call.savings)
-    return (program, savings, call.again, tuple(step.sizes[m] for m in (*call.reads, *call.makes)), call.cost.flops)
+def _shape(calls: Sequence[Call], shared: Shared, step: Step) -> tuple[object, ...]:
+    """What two stages that cost the same have in common: programs, and which memories flow where."""
+    numbers: dict[str, int] = {}
+
+    def numbered(memories: Iterable[str]) -> tuple[int, ...]:
+        return tuple(numbers.setdefault(m, len(numbers)) for m in memories)
+
+    wiring = []
+    for c in calls:
+        program = c.program.key if c.program is not None else c.label
+        savings = tuple(s.program.key for s in c.savings)
+        flows = tuple(numbered(memories) for memories in (c.reads, c.makes, c.keeps, c.grads, c.needs))
+        wiring.append((program, savings, c.again, c.name in shared.once, c.cost.flops, flows))
+    border = shared.border
+    sets = (shared.inner, shared.later, shared.kept, border.entering, border.incoming, set(step.parameters))
+    kinds = tuple((step.sizes[m], *(m in one for one in sets)) for m in numbers)
+    return (tuple(wiring), kinds)
 
 
 def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int], ...]]:
@@ -163,7 +176,7 @@ def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int
     last: dict[str, int] = {}
     for c in step.calls:
         last |= dict.fromkeys((*c.reads, *c.keeps), stage_of[c.name])
-    kept = {m for c in step.calls for m in c.keeps} | {m for c in step.calls if c.again for m in c.reads}
+    kept = read_backward(step)
 
     def movable(i: int, call: Call, result: int) -> bool:
         memory = call.makes[result]
@@ -181,23 +194,25 @@ def _movable(step: Step, cut: Sequence[list[Call]]) -> list[tuple[tuple[int, int
 
 
 def _choices(
-    calls: Sequence[Call], training: bool, levers: Levers, movable: Sequence[tuple[int, int]] = ()
+    calls: Sequence[Call], once: Set[str], training: bool, levers: Levers, movable: Sequence[tuple[int, int]] = ()
 ) -> Iterator[Choice]:
+    """once: names of calls that never run again."""
+
+    def flags_of(call: Call) -> tuple[bool, ...]:
+        lever = levers.attention if call.kind == "mixer" else levers.recompute
+        return (False, True) if training and lever and call.name not in once else (False,)
+
     loops = [c for c in calls if c.program is not None]
     sizes = [_counts(c, levers) for c in loops]
-    again = [
-        (False, True) if training and (levers.attention if c.kind == "mixer" else levers.recompute) else (False,)
-        for c in calls
-        if can_run_again(c)
-    ]
+    again = [flags_of(c) for c in calls if can_run_again(c)]
     saves = [range(1 + len(c.savings)) if levers.saves else range(1) for c in loops]
     deepest = max((len(s) for s in sizes), default=1)
     for level, flags, saved in itertools.product(range(deepest), itertools.product(*again), itertools.product(*saves)):
         counts = tuple(s[min(level, len(s) - 1)] for s in sizes)
         yield Choice(counts, flags, (), saved)
         repeats = iter(flags)
-        once = {i for i, c in enumerate(calls) if not (can_run_again(c) and next(repeats))}
-        places = tuple((at, j) for at, j in movable if at in once)
+        runs_once = {i for i, c in enumerate(calls) if not (can_run_again(c) and next(repeats))}
+        places = tuple((at, j) for at, j in movable if at in runs_once)
         if places:
             yield Choice(counts, flags, places, saved)
 
@@ -219,38 +234,30 @@ class _Bench:
 
     def __init__(self, step: Step, device: Device, dtype: str, levers: Levers) -> None:
         self._step, self._device, self._dtype, self._levers = step, device, dtype, levers
-        # Results that the backward of some call reads, whatever is chosen.
-        always = {m for c in step.calls for m in c.keeps} | {m for c in step.calls if c.again for m in c.reads}
-        self._kept = always & {m for c in step.calls if not can_run_again(c) for m in c.makes}
 
-    def stage(self, calls: list[Call], movable: Sequence[tuple[int, int]]) -> Stage:
-        """These calls with all options; movable: results that may be offloaded, by the positions of call and result."""
-        step, levers = self._step, self._levers
-        gradients = self._bytes({m for c in calls for m in c.grads if m in step.parameters})
-        options = [self._option(calls, choice) for choice in _choices(calls, step.training, levers, movable)]
-        return Stage(tuple(calls), gradients, tuple(_undominated(options) if levers.pruned else options))
+    def options(self, calls: list[Call], shared: Shared, movable: Sequence[tuple[int, int]]) -> tuple[Option, ...]:
+        """How these calls may run; movable: results that may be offloaded, by the positions of call and result."""
+        levers = self._levers
+        choices = _choices(calls, shared.once, self._step.training, levers, movable)
+        options = [self._option(calls, shared, choice) for choice in choices]
+        return tuple(_undominated(options) if levers.pruned else options)
 
-    def _option(self, calls: list[Call], choice: Choice) -> Option:
-        step = self._step
+    def _option(self, calls: list[Call], shared: Shared, choice: Choice) -> Option:
+        step, border = self._step, shared.border
         chosen = apply_choice(calls, choice)
-        inner = {m for c in calls for m in c.makes}
-        later = self._read_outside(calls) & inner
-        outer = {m for c in calls for m in (*c.reads, *c.grads)} - inner
-        timeline = simulate(Step(chosen, step.sizes, tuple(outer), (), tuple(later), step.training), part=True)
-        base = self._bytes(outer)
+        timeline = simulate(shared.part(step, chosen), border)
+        before = self._bytes(shared.outer - border.entering)
+        brought = self._bytes(border.incoming.intersection(step.parameters))
         offloaded = {m for c in chosen for m in c.offloads}
-        saved = ((timeline.kept | (self._kept & inner)) - offloaded) | (inner & set(step.outputs))
-        away, behind = self._bytes(offloaded), self._bytes(offloaded & later)
+        saved = (timeline.kept | shared.kept) - offloaded
+        away, behind = self._bytes(offloaded), self._bytes(offloaded & shared.later)
         # Where copies overlap, what the stage before needs is on its way already while this one runs its backward.
-        carry = (
-            behind + self._bytes(later - saved - offloaded),
-            behind + away if self._device.overlaps else behind,
-        )
+        carry = (behind, behind + away if self._device.overlaps else behind)
         return Option(
             choice,
             self._bytes(saved),
-            max(p.total for p in timeline.points if not p.backward) - base,
-            max((p.total for p in timeline.points if p.backward), default=base) - base,
+            max(p.total for p in timeline.points if not p.backward) - before,
+            max((p.total - before - brought for p in timeline.points if p.backward), default=0),
             seconds(chosen, self._device, self._dtype, step.training, away),
             carry,
             away,
@@ -258,10 +265,6 @@ class _Bench:
 
     def _bytes(self, memories: Iterable[str]) -> int:
         return sum(self._step.sizes[m] for m in memories)
-
-    def _read_outside(self, calls: list[Call]) -> set[str]:
-        names = {c.name for c in calls}
-        return {m for c in self._step.calls if c.name not in names for m in c.reads} | set(self._step.outputs)
 
 
 def _undominated(options: list[Option]) -> list[Option]:

@@ -45,6 +45,21 @@ def test_operands_of_a_product_exist_even_where_fused() -> None:
     assert _peak(lambda x, w: [x.sin() @ w], (8, 64), (64, 64), fused=True) == 2 * 8 * _ROW
 
 
+def test_results_of_one_op_lie_beside_what_it_reads_last() -> None:
+    assert _peak(lambda x: list(x.sin().sort(-1)), (8, 64)) == (1 + 1 + 2) * 8 * _ROW
+
+
+def test_pieces_of_a_split_are_views() -> None:
+    assert _peak(lambda x: [x.sin().split(4)[1].cos()], (8, 64)) == (8 + 4) * _ROW
+
+
+def test_a_fused_kernel_does_not_write_over_what_it_reads_in_another_order() -> None:
+    def transposed(x: Tensor, w: Tensor) -> list[Tensor]:
+        return [(x @ w).t().clone(memory_format=torch.contiguous_format)]
+
+    assert _peak(transposed, (64, 64), (64, 64), fused=True) == 2 * 64 * _ROW
+
+
 def test_a_fused_kernel_writes_over_what_it_reads_last() -> None:
     assert _peak(lambda x, w: [(x @ w).exp()], (8, 64), (64, 64), fused=True) == 8 * _ROW
 

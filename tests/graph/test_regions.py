@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mstc.graph.axes import NotTokenwise
-from mstc.graph.regions import left_outside
+from mstc.graph.regions import FEW_KEYS, left_outside
 from testkit.capture import labels_of, node, randn, regions_of
 
 aten = torch.ops.aten
@@ -37,6 +37,27 @@ def test_a_mixer_parts_two_regions() -> None:
     assert all(order[n] < order[attention] for n in regions[0].nodes)
     assert all(order[n] > order[attention] for n in regions[1].nodes)
     assert [len(r.heavy) for r in regions] == [2, 2]
+
+
+@pytest.mark.parametrize(("states", "inside"), [(FEW_KEYS, True), (FEW_KEYS + 1, False)])
+def test_attention_over_few_keys_of_each_token_is_inside(states: int, inside: bool) -> None:
+    """Over the outputs of earlier layers, say: computed again, it costs little."""
+
+    def fn(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        y = mlp(x, up, down)
+        stacked = torch.stack([y * i for i in range(states)], -2)
+        query = y.mean((0, 1)).expand(2, 70, 1, -1)
+        return mlp(F.scaled_dot_product_attention(query, stacked, stacked).squeeze(-2), up, down)
+
+    graph, _, regions = regions_of(fn, randn(2, 70, 4), UP, DOWN)
+    attention = node(graph, aten.scaled_dot_product_attention.default)
+    assert any(attention in r.nodes for r in regions) == inside
+
+
+def test_keys_that_are_the_queries_keep_attention_outside() -> None:
+    graph, _, regions = regions_of(attended, randn(2, FEW_KEYS - 1, 4), UP, DOWN)
+    attention = node(graph, aten.scaled_dot_product_attention.default)
+    assert regions and not any(attention in r.nodes for r in regions)
 
 
 def test_inputs_outputs_and_weights() -> None:

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import mstc
 from testkit.allocator import measured_peak, predicted_mib
 from testkit.hf_models import FOR_PEAKS, in_training
+from testkit.stacks import WIRINGS, AttentionResidual, Stack
 
 MIB = 2**20
 
@@ -51,6 +52,17 @@ def test_the_measured_peak_is_the_predicted_one_and_the_gradients_are_eagers() -
     peak = measured_peak(lambda: fn(ids).backward(), model) / MIB
     assert peak <= 8
     assert predicted_mib() == pytest.approx(peak, rel=0.05, abs=0.5)
+
+
+@pytest.mark.parametrize("kind", [*WIRINGS, "residual"])
+def test_peaks_of_layers_that_read_more_than_the_one_before(kind: str) -> None:
+    torch.manual_seed(0)
+    model = AttentionResidual(5, 128, 512) if kind == "residual" else Stack(kind, 6, 128, 512)
+    fn, ids = _compiled(model, "23MiB"), _ids()
+    fn(ids).backward()
+    peak = measured_peak(lambda: fn(ids).backward(), model) / MIB
+    assert peak <= 23.5
+    assert predicted_mib() == pytest.approx(peak, rel=0.03)
 
 
 @pytest.mark.parametrize(("budget", "saves"), [("8MiB", False), ("12MiB", True)])

@@ -21,7 +21,12 @@ def _option(rng: random.Random) -> Option:
 
 def _stages(seed: int, count: int, options: int) -> list[Stage]:
     rng = random.Random(seed)
-    return [Stage((), rng.randrange(20), tuple(_option(rng) for _ in range(options))) for _ in range(count)]
+
+    def stage() -> Stage:
+        passing = rng.choice([(0, 0), (0, 0), (10, 0), (0, 25)])
+        return Stage((), rng.randrange(20), tuple(_option(rng) for _ in range(options)), passing)
+
+    return [stage() for _ in range(count)]
 
 
 def _by_hand(stages: list[Stage], resident: int, budget: int) -> tuple[float, int] | None:

@@ -16,6 +16,7 @@ from mstc.plan.memory import simulate
 from mstc.plan.solve import frontier, solve
 from mstc.plan.stages import Levers, stages_of
 from testkit.hf_models import in_training
+from testkit.stacks import WIRINGS, AttentionResidual, Stack
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 512,
@@ -39,10 +40,16 @@ def _draft(kind: str) -> Draft:
     return capture(loss_fn, [torch.zeros(1, 1024, dtype=torch.long)], local("cpu"), "aot_eager")
 
 
+def _wired(kind: str) -> Draft:
+    model = AttentionResidual(5, 128, 256) if kind == "residual" else Stack(kind, 6, 128, 256)
+    return capture(lambda ids: model(ids), [torch.zeros(1, 1024, dtype=torch.long)], local("cpu"), "aot_eager")
+
+
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", *WIRINGS, "residual"])
 def test_what_the_solver_promises_is_what_the_schedule_holds(kind: str, offload: bool) -> None:
-    draft = _draft(kind)
+    """Also where layers read more than the one before them."""
+    draft = _wired(kind) if kind in WIRINGS or kind == "residual" else _draft(kind)
     stages = stages_of(draft.step, draft.device, draft.dtype, Levers(offload=offload))
     plans = frontier(stages, resident_of(draft.step), most=16)
     assert len(plans) > 5

@@ -47,9 +47,7 @@ def _built(auto: str, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     reasons = []
     for small in (shrink_deep, shorten):
         try:
-            model = from_settings(auto, small(CONFIG_MAPPING[kind]()))
-            if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
-                raise ValueError("too large: its sizes have other names")
+            model = from_settings(auto, small(CONFIG_MAPPING[kind]()), MOST_PARAMETERS)
             given = inputs_for(model, auto)
             if torch.isfinite(loss_of(model(**given))):
                 return model, given

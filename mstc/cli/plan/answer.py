@@ -193,7 +193,8 @@ def _categories(planned: Planned, stages: list[Stage], solution: Solution) -> di
     held = {}
     for stage, option in zip(stages, solution.options, strict=True):
         gradients -= stage.gradients
-        for now, after in ((option.forward, 0), (option.backward, gradients)):
+        beside = stage.passing
+        for now, after in ((option.forward + beside[0], 0), (option.backward + beside[1], gradients)):
             if saved + now + after > best:
                 best = saved + now + after
                 kept = saved + option.saved

@@ -6,8 +6,9 @@ Nothing here is fitted to a model. One that cannot be built so, or run eagerly, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -113,17 +114,30 @@ def initialize(model: nn.Module) -> nn.Module:
     return model.float().train()
 
 
-def from_settings(auto: str, config: Any) -> nn.Module:
-    """The model of a transformers auto class, with five classes where it has any."""
+def check_size(make: Callable[[], nn.Module], most: int) -> None:
+    """Raise ValueError where the model has more than ``most`` parameters, before any of them takes memory."""
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in make().parameters())
+    except (NotImplementedError, RuntimeError):  # some read values that they make
+        return
+    if count > most:
+        raise ValueError(f"too large ({count:,} parameters): its sizes have other names")
+
+
+def from_settings(auto: str, config: Any, most: int) -> nn.Module:
+    """The model of a transformers auto class with at most ``most`` parameters, and five classes where it has any."""
     import transformers
 
     if "Classification" in auto:
         config.num_labels = 5
+        config.classifier_dropout = 0.0  # some heads draw where the configuration says nothing
     if auto == "AutoModelForSequenceClassification":
         config.problem_type = "single_label_classification"
+    make = functools.partial(getattr(transformers, auto).from_config, config)
+    check_size(make, most)
     torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, auto).from_config(config)
-    return initialize(model)
+    return initialize(make())
 
 
 def setting(config: Any, *names: str) -> Any:

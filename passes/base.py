@@ -22,6 +22,15 @@ def _no_compiler(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable
     raise AssertionError("this pass compiles a body, but the driver gave no compiler")
 
 
+def not_compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """For graphs that are looked at only: the bodies of their loops never run."""
+
+    def body(*args: Any) -> Any:
+        raise AssertionError("this loop was made to be looked at")
+
+    return body
+
+
 @dataclass(frozen=True)
 class Analysis:
     """The axes of a graph, and its regions."""

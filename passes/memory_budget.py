@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -21,7 +20,7 @@ from mstc.graph.costs import hint, is_seen
 from mstc.graph.editor import Editor
 from mstc.graph.sizes import size
 from mstc.options import Budget
-from mstc.passes.base import Chosen, Context, Pass, refuse
+from mstc.passes.base import Chosen, Context, Pass, not_compiled, refuse
 from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.loops import loop_key, savings_of
@@ -102,7 +101,7 @@ def _lengths(gm: fx.GraphModule) -> tuple[torch.SymInt, ...]:
 def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> Draft:
     """The graph with every region as a loop, drafted on a copy."""
     copied, twins = copy_of(gm)
-    trial = Context(ctx.options, ctx.training, compile_body=_nothing, planning=True)
+    trial = Context(ctx.options, ctx.training, compile_body=not_compiled, planning=True)
     trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
     editor = Editor(copied)
     savings: dict[str, list[Saving]] = {}
@@ -119,11 +118,12 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     weights = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
     widest = max(weights, key=lambda v: v.numel(), default=torch.empty(0))
     dtype = str(widest.dtype).removeprefix("torch.")
-    step = read_step(copied, ctx.training)
+    device = device or local(widest.device.type)
+    step = read_step(copied, ctx.training, kind=device.kind)
     # Loops of earlier passes (attention by chunks of queries) are as they are.
     step.calls = [c if c.name in trial.keys or c.program is None else _settled(c) for c in step.calls]
     step = with_savings(step, {name: savings.get(key, ()) for name, key in trial.keys.items()})
-    return Draft(step, trial.keys, dtype, device or local(widest.device.type))
+    return Draft(step, trial.keys, dtype, device)
 
 
 def _settled(call: Call) -> Call:
@@ -216,11 +216,6 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
 def _offloaded_in_words(step: Step) -> list[str]:
     size = sum(step.sizes[m] for c in step.calls for m in c.offloads)
     return [f"{size / MIB:.0f} MiB wait for the backward elsewhere"] if size else []
-
-
-def _nothing(gm: fx.GraphModule, inputs: Any) -> Any:
-    """The body of a draft is never run."""
-    return None
 
 
 MEMORY_BUDGET = Pass("memory_budget", "memory_budget", Fidelity.EXACT, find, apply)

@@ -6,9 +6,7 @@ Each system runs in a process of its own, twice: the first step compiles, the se
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mstc.cli.bench.driver import worker_environment
+from mstc.cli.bench.driver import WorkerError, run_module
 from mstc.cli.bench.meter import MB, Timeline, meter_for
 from mstc.cli.target import Call, call_of, said
 from mstc.compat import tree_leaves
@@ -24,7 +22,7 @@ from mstc.dump.coding import read_measured
 from mstc.dump.model import Measured
 from mstc.errors import DumpError
 
-__all__ = ["measure_steps"]
+__all__ = ["measure_steps", "run_step"]
 
 SYSTEMS = ("eager", "mstc")
 
@@ -44,16 +42,10 @@ def measure_steps(target: str, seq: int | None, device: str | None, options: dic
 
 
 def _run(job: _Job) -> Measured:
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "mstc.cli.measured_step", json.dumps(asdict(job)), str(result)]
-        environment = worker_environment("kept")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            reason = lines[-1] if lines else f"status {done.returncode}"
-            raise DumpError(f"--measure: a step of {job.target} by {job.system} failed: {reason}")
-        return read_measured(json.loads(result.read_text(encoding="utf-8")))
+    try:
+        return read_measured(run_module("mstc.cli.measured_step", asdict(job)))
+    except WorkerError as e:
+        raise DumpError(f"--measure: a step of {job.target} by {job.system} failed: {e}") from e
 
 
 def _measure(job: _Job) -> Measured:
@@ -61,11 +53,11 @@ def _measure(job: _Job) -> Measured:
     if job.system == "mstc":
         fn = torch.compile(fn, backend="mstc", options=job.options)
     device = "cuda" if any(x.is_cuda for x in tree_leaves(args) if isinstance(x, torch.Tensor)) else "cpu"
-    _step((fn, args))
+    run_step((fn, args))
     meter = meter_for(device)
     meter.reset()
     with Timeline(meter, period_s=0.005) as timeline:
-        meter.timed(lambda: _step((fn, args)))
+        meter.timed(lambda: run_step((fn, args)))
     peak = meter.peak()
     if peak is None:
         raise DumpError("this system does not tell a process's peak memory: --measure needs Linux or a GPU")
@@ -73,7 +65,7 @@ def _measure(job: _Job) -> Measured:
     return Measured(job.system, device, int(peak * MB), tuple(samples))
 
 
-def _step(call: Call) -> None:
+def run_step(call: Call) -> None:
     """Forward and, where a result is a scalar with a gradient, backward; the gradients go again."""
     fn, args = call
     results = [x for x in tree_leaves(fn(*args)) if isinstance(x, torch.Tensor)]

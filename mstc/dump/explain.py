@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.fx as fx
-
 from mstc import compat
 from mstc.around import lowered_around
 from mstc.assume import offered_buffers
@@ -22,7 +19,7 @@ from mstc.dump.recorder import Recording, left_as_it_came
 from mstc.graph.normal_form import NotNormalError, normalize
 from mstc.ops import loop
 from mstc.options import Options, parse_options
-from mstc.passes.base import Context
+from mstc.passes.base import Context, not_compiled
 from mstc.pipeline import hold_to_word, run
 from mstc.report import Fidelity, Refusal, Report
 
@@ -79,19 +76,12 @@ def _explain_graph(captured: compat.Captured, options: Options, report: Report) 
         return left_as_it_came(captured.gm, report)
     report.timings["normal_form"] = time.perf_counter() - started
     recording = Recording(form.training)
-    ctx = Context(options, form.training, compile_body=_not_compiled, explained=True)
+    ctx = Context(options, form.training, compile_body=not_compiled, explained=True)
     ctx.facts["inputs"] = dict(offered_buffers(form.gm, captured.inputs))
     with autocast.off_at_run_time():
         run(form.gm, ctx, report, [recording])
     report.around = lowered_around(form.gm, options)
     return recording.finish(form.gm, report)
-
-
-def _not_compiled(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    def body(*inputs: Any) -> Any:
-        raise AssertionError("the body of an explained loop was called, but explaining runs nothing")
-
-    return body
 
 
 def _together(title: str, options: Options, reports: Sequence[Report]) -> Report:

@@ -6,6 +6,7 @@ names of nodes; one result of several is ``node:index``.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
 from mstc.graph.live import is_view
+from mstc.graph.provenance import layer_of
 from mstc.ops.loop import LOSS_LOOP, is_loop
 from mstc.ops.program import Program, program
 from mstc.plan.work import Cost, loop_cost
@@ -39,12 +41,15 @@ class Saving:
 class Call:
     """One operator of the schedule.
 
-    kind: "loop", "loss", "mixer" or "op"; reads, makes: memories; keeps: memories that its backward reads,
-    its own results among them; grads: memories of inputs that get a gradient, needs: results that bring one;
+    kind: "loop", "loss", "mixer" (attention), "scan" or "op"; reads, makes: memories; keeps: memories that its
+    backward reads, its own results among them; grads: memories of inputs that get a gradient, needs: results that
+    bring one;
     cost: of forward and backward; again: it runs again in the backward;
     cheap: neither a product nor a mixer; program: of a loop; chunks: how many it runs in;
     offloads: those of its results that wait for the backward elsewhere;
-    savings: what its loop may save inside it; saved: what it does save (names of nodes).
+    savings: what its loop may save inside it; saved: what it does save (names of nodes);
+    layer: the number of the layer that it stands in, where modules tell;
+    exchanged: bytes that ranks pass on where each has a part of the sequence: keys and values, or a scan's state.
     """
 
     name: str
@@ -63,6 +68,8 @@ class Call:
     offloads: tuple[str, ...] = ()
     savings: tuple[Saving, ...] = ()
     saved: tuple[str, ...] = ()
+    layer: int | None = None
+    exchanged: int = 0
 
     def saving(self, level: int) -> Call:
         """The same loop saving what level ``level`` of its savings says (0: nothing inside it)."""
@@ -96,13 +103,14 @@ class Step:
     training: bool
 
 
-def read_step(gm: fx.GraphModule, training: bool, fused: bool = True) -> Step:
+def read_step(gm: fx.GraphModule, training: bool, fused: bool = True, kind: str = "") -> Step:
     """The calls of a graph in normal form, loops included.
 
-    fused: as a compiler runs it, which makes cheap values again in the backward rather than keep them.
+    fused: as a compiler runs it, which makes cheap values again in the backward rather than keep them;
+    kind: of the device that runs it, "cpu" or "cuda"; without it that of the tensors, a GPU where they are on none.
     """
-    reader = _Reader(training)
-    calls = [_offloading(c, n) for n in gm.graph.nodes if n.op == "call_function" for c in reader.call(n)]
+    reader = _Reader(training, kind)
+    calls = [_told(c, n) for n in gm.graph.nodes if n.op == "call_function" for c in reader.call(n)]
     placeholders = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
     for n in placeholders:
         reader.sizes[n.name] = bytes_of(n.meta.get("val"))
@@ -115,10 +123,10 @@ def read_step(gm: fx.GraphModule, training: bool, fused: bool = True) -> Step:
     return _without_cheap_keeps(step) if training and fused else step
 
 
-def _offloading(call: Call, node: fx.Node) -> Call:
-    """With the results that are tagged to be offloaded."""
+def _told(call: Call, node: fx.Node) -> Call:
+    """With its layer, and the results that are tagged to be offloaded."""
     results = node.meta.get("custom", {}).get(OFFLOADED, ())
-    return replace(call, offloads=tuple(call.makes[i] for i in results)) if results else call
+    return replace(call, offloads=tuple(call.makes[i] for i in results), layer=layer_of(node))
 
 
 def saved_name(call: str, value: str) -> str:
@@ -149,8 +157,8 @@ def bytes_of(value: Any) -> int:
 class _Reader:
     """Reads nodes as calls, and notes the bytes of every memory that they name."""
 
-    def __init__(self, training: bool) -> None:
-        self._training = training
+    def __init__(self, training: bool, kind: str) -> None:
+        self._training, self._kind = training, kind
         self.sizes: dict[str, int] = {}
 
     def memory(self, node: fx.Node) -> str:
@@ -214,7 +222,7 @@ class _Reader:
     def _attention(self, node: fx.Node, reads: tuple[str, ...]) -> Call:
         """Kernels that keep q, k, v, the output and one float per query and head (the log-sum-exp)."""
         out = node.meta["val"]
-        q, k = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
+        q, k, v = (n.meta["val"] for n in node.args[:3])  # type: ignore[union-attr]
         queries = numel(node) // max(hint(out.shape[-1]), 1)
         lse = f"{node.name}:lse"
         self.sizes[lse] = 4 * queries
@@ -231,8 +239,9 @@ class _Reader:
             (*reads, node.name, lse) if grads else (),
             grads,
             (node.name,) if grads else (),
-            Cost(attention_workspace(q, node), (flops, 2.5 * flops), (moved, 2 * moved)),
+            Cost(attention_workspace(node, self._kind or q.device.type), (flops, 2.5 * flops), (moved, 2 * moved)),
             node.meta.get("recompute") is not None,
+            exchanged=bytes_of(k) + bytes_of(v),
         )
 
     def _scan(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
@@ -248,7 +257,10 @@ class _Reader:
         )
         keeps = (*call.keeps, makes[-1]) if call.grads else ()
         needs = makes[:1] if call.grads else ()
-        return replace(call, keeps=keeps, needs=needs, cost=replace(call.cost, flops=flops), cheap=False)
+        cost = replace(call.cost, flops=flops)
+        label, state = forward.overloadpacket.__name__.replace("_", " "), bytes_of(results[1])
+        call = replace(call, label=label, kind="scan", cost=cost, cheap=False, exchanged=state)
+        return replace(call, keeps=keeps, needs=needs)
 
     def _cross_entropy(self, node: fx.Node, reads: tuple[str, ...], makes: tuple[str, ...]) -> Call:
         """It keeps the logarithm of the softmax, and its backward makes one more value of that size."""
@@ -299,17 +311,40 @@ _LINEAR = (
 )
 
 
-def attention_workspace(q: torch.Tensor, node: fx.Node) -> tuple[int, int]:
-    """Buffers of the CPU's flash kernels (ATen/native/cpu/FlashAttentionKernel.cpp); on a GPU none.
+def attention_workspace(node: fx.Node, kind: str) -> tuple[int, int]:
+    """Buffers of attention's kernels, forward and backward, on a device of this kind."""
+    return _cpu_workspace(node) if kind == "cpu" else (0, _gpu_workspace(node))
 
-    Each thread has its own; the backward copies a gradient whose tokens do not lie outside its heads.
-    """
-    if q.device.type != "cpu":
-        return 0, 0
+
+def _cpu_workspace(node: fx.Node) -> tuple[int, int]:
+    """Of the flash kernels (ATen/native/cpu/FlashAttentionKernel.cpp): each thread has its own; the backward copies a
+    gradient whose tokens do not lie outside its heads."""
+    q: torch.Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
     rows = hint(q.shape[-2])
     block = 256 if rows >= 768 else 64 if rows >= 192 else 32
     wide = 4 * torch.get_num_threads()
     return wide * block * (512 + 2 + hint(q.shape[-1])), wide * 2 * block * 512 + _copied_gradient(node)
+
+
+def _gpu_workspace(node: fx.Node) -> int:
+    """Of the flash kernels' backward (ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`): one float32
+    per query and head; in half precision the gradient of the queries in float32; where heads share keys and values,
+    gradients of these for every head. The memory-efficient kernels, which serve float32 and masks, need no more.
+    """
+    q, k, v = (n.meta["val"] for n in node.args[:3])  # type: ignore[union-attr]
+    heads = math.prod(hint(s) for s in q.shape[:-2])
+    rows, width = _rounded(hint(q.shape[-2]), 128), hint(q.shape[-1])
+    sums = 4 * heads * rows
+    if q.dtype.itemsize != 2:
+        return sums
+    accumulated = 4 * heads * rows * _rounded(width, 32 if width <= 128 else 64)
+    shared = heads // max(math.prod(hint(s) for s in k.shape[:-2]), 1)
+    expanded = shared * (bytes_of(k) + bytes_of(v)) if shared > 1 else 0
+    return sums + accumulated + expanded
+
+
+def _rounded(size: int, grain: int) -> int:
+    return -(-size // grain) * grain
 
 
 def _copied_gradient(node: fx.Node) -> int:

@@ -52,9 +52,14 @@ class Device:
         return self.memory - self.context
 
     @property
+    def kind(self) -> str:
+        """As PyTorch calls devices: "cpu", or "cuda" for NVIDIA's and AMD's GPUs."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
+    @property
     def overlaps(self) -> bool:
         """Whether copies to the host run beside computation."""
-        return self.name != "cpu"
+        return self.kind != "cpu"
 
     def seconds(
         self,
@@ -73,7 +78,7 @@ class Device:
         """
         share = self.attention if mixer else self.reached * (rows / (rows + self.half_rows) if rows else 1.0)
         peak = self.flops.get(dtype, self.flops["float32"])
-        paged = fresh / self.link if self.name == "cpu" else 0.0
+        paged = fresh / self.link if self.kind == "cpu" else 0.0
         return max(flops / (peak * share), moved / (self.bandwidth * self.copies)) + kernels * self.launch + paged
 
 
@@ -95,7 +100,7 @@ def local(kind: str) -> Device:
     """This machine as a plan at compile time knows it: calibrated, in the table, or nominal ("cpu", "cuda")."""
     if stored().exists():
         found = calibrated()
-        if (found.name == "cpu") == (kind != "cuda"):
+        if (found.kind == "cpu") == (kind != "cuda"):
             return found
     if kind == "cuda" and torch.cuda.is_available():
         label, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory

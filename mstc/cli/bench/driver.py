@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from mstc.cli.bench.job import Event, Job, Result
 from mstc.errors import MstcError
 
-__all__ = ["Caches", "WorkerError", "run_job", "worker_environment"]
+__all__ = ["Caches", "WorkerError", "run_job", "run_module", "worker_environment"]
 
 _MMAP_THRESHOLD = "1048576"  # bytes; larger blocks go back to the system when they are freed
 
@@ -51,6 +52,20 @@ def run_job(job: Job, on_step: Callable[[Event], None] = lambda event: None, *, 
         if result is None or status != 0:
             raise WorkerError(f"{job.system} at {job.seq} tokens: {_reason(status, output)}")
         return result
+
+
+def run_module(module: str, job: Mapping[str, Any]) -> Any:
+    """What ``python -m module JOB FILE`` writes to FILE, as JSON, in a process of its own.
+
+    Raises `WorkerError` with the last line that it printed where it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        written = Path(folder) / "result.json"
+        command = [sys.executable, "-m", module, json.dumps(job), str(written)]
+        status = subprocess.run(command, env=worker_environment("kept"), stdout=output, stderr=output).returncode
+        if status != 0:
+            raise WorkerError(_reason(status, output))
+        return json.loads(written.read_text(encoding="utf-8"))
 
 
 def _listen(lines: IO[str], on_step: Callable[[Event], None]) -> Result | None:

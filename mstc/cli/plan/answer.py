@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Any
 
 from mstc.cli.plan.draft import Planned, plan_for
@@ -144,39 +144,25 @@ def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
 
 
 def _peer(system: str, target: Target, setting: Setting, seq: int | None) -> Row:
-    usage_of, budget = cache(Peer(system, target.config, setting).usage), setting.device.usable()
-    longest = longest_of(lambda n: usage_of(n).peak, budget)
-    in_blocks = longest_in_blocks(lambda n: usage_of(n).fits_in_blocks(budget), longest)
+    peer, budget = Peer(system, target.config, setting), setting.device.usable()
+    schedule = peer.schedule()
+    longest = longest_of(schedule.peak, budget)
+    in_blocks = longest_in_blocks(lambda n: schedule.fits_in_blocks(n, budget), longest)
     tokens = seq or longest
-    usage = usage_of(tokens) if tokens else None
+    usage = peer.usage(tokens) if tokens else None
     if usage is None or usage.peak > budget:
         return Row(SYSTEMS[system], longest, tokens, None, None, in_blocks)
     return Row(SYSTEMS[system], longest, tokens, usage.peak, usage.seconds, in_blocks)
 
 
 def longest_of(peak: Callable[[int], int], budget: int) -> int:
-    """The most tokens, in steps of `GRAIN`, whose ``peak`` stays within the budget; 0 where `FEWEST` exceed it.
-
-    The peak is the larger of a constant (the optimizer's step) and functions affine in the tokens, piece by piece: so
-    between a length that fits and one that does not the secant is tried, which is exact once both lie on one piece,
-    and the middle where that did not help.
-    """
-    low, at = 0, {FEWEST: peak(FEWEST)}
-    high = FEWEST
-    while at[high] <= budget:
-        low, high = high, 4 * high
-        if high > MOST:
-            return low
-        at[high] = peak(high)
-    halved = True
-    while low and high - low > GRAIN:
-        width = high - low
-        share = (budget - at[low]) / (at[high] - at[low]) if halved else 0.5
-        guess = min(max(low + int(width * share) // GRAIN * GRAIN, low + GRAIN), high - GRAIN)
-        at[guess] = peak(guess)
-        low, high = (guess, high) if at[guess] <= budget else (low, guess)
-        halved = 2 * (high - low) <= width
-    return low
+    """The most tokens, in steps of `GRAIN`, whose ``peak`` (which grows with them) stays within the budget; 0 where
+    `FEWEST` exceed it."""
+    if peak(FEWEST) > budget:
+        return 0
+    return FEWEST + GRAIN * bisect_right(
+        range((MOST - FEWEST) // GRAIN), budget, key=lambda i: peak(FEWEST + GRAIN * (i + 1))
+    )
 
 
 def longest_in_blocks(fits: Callable[[int], bool], longest: int) -> int:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from mstc.cli.arguments import file_option
-from mstc.cli.console import make_console, make_progress, make_table
-from mstc.cli.plan.answer import Answer, answer, steps_of
+from mstc.cli.console import make_console, make_progress
+from mstc.cli.plan.answer import answer, steps_of
+from mstc.cli.plan.measured import Run
 from mstc.cli.plan.models import SHIPPED, target_of
 from mstc.cli.plan.optimizers import OPTIMIZERS
 from mstc.cli.plan.setting import Setting
-from mstc.cli.plan.sweep import sweep_chunks
+from mstc.cli.plan.sweep import measured, sweep_chunks
+from mstc.cli.plan.tables import print_answer, print_assumptions, print_costs, print_sweep, save_plot
 from mstc.plan.devices import device as device_of
 from mstc.plan.devices import names
+from mstc.plan.expressions import kinds_of
 
 __all__ = ["plan"]
 
-GIB = 2**30
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -37,8 +38,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw-bf16", show_default=True)
-@click.option("--sweep", type=click.Choice(["chunks"]), help="Time and peak against the number of mini-sequences.")
-@file_option("--plot", help="PNG of time against memory budget.")
+@click.option(
+    "--sweep",
+    type=click.Choice(["chunks"]),
+    help="Time and peak against the number of mini-sequences; with --device this each is measured too.",
+)
+@click.option("--costs", is_flag=True, help="FLOPs and bytes of each kind of loop and attention, as expressions.")
+@file_option("--plot", help="PNG of time against memory budget, and of the sweep.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     model: str,
@@ -48,6 +54,7 @@ def plan(
     dtype: str,
     optimizer: str,
     sweep: str | None,
+    costs: bool,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -67,66 +74,26 @@ def plan(
             progress.update(task, description=doing, advance=1)
 
         found = answer(target, setting, seq, tell)
-    swept = sweep_chunks(found.planned, found.tokens) if sweep else []
+        swept = None
+        if sweep:
+            swept = sweep_chunks(found.planned, found.tokens)
+            if device_name == "this":
+                progress.update(task, total=steps_of(target) + len(swept.rows))
+                run = Run(model, found.tokens, batch, dtype, found.device.kind)
+                swept = measured(swept, found.planned, run, tell)
+    expressions = kinds_of(found.planned.growing, batch) if costs else {}
     if plot is not None:
-        _plot(found, plot)
+        save_plot(found, swept, plot)
     if as_json:
-        click.echo(json.dumps({**found.to_dict(), "sweep": swept}, indent=2))
+        more = {
+            "sweep": swept.to_dict() if swept else None,
+            "costs": {name: e.to_dict() for name, e in expressions.items()},
+        }
+        click.echo(json.dumps({**found.to_dict(), **more}, indent=2))
     else:
-        _print(found, swept)
-
-
-def _print(found: Answer, swept: list[dict[str, Any]]) -> None:
-    console = make_console()
-    table = make_table(
-        f"{found.model} on {found.device.label}",
-        "system",
-        "longest",
-        "in blocks",
-        "at tokens",
-        "peak GiB",
-        "step s",
-        "tokens/s",
-    )
-    for row in found.rows:
-        peak = "does not fit" if row.peak is None else f"{row.peak / GIB:.1f}"
-        time = "" if row.seconds is None else f"{row.seconds:.1f}"
-        speed = "" if row.seconds is None else f"{row.tokens * found.batch / row.seconds:.0f}"
-        in_blocks = "" if row.in_blocks is None else str(row.in_blocks)
-        table.add_row(row.system, str(row.longest), in_blocks, str(row.tokens), peak, time, speed)
-    console.print(table)
-    held = make_table("mstc's peak by category", "category", "GiB")
-    for name, size in found.held.items():
-        held.add_row(name, f"{size / GIB:.2f}")
-    console.print(held)
-    away = f"mstc's plan with offloading, {found.host / GIB:.1f} GiB in host memory"
-    for title, lines in ((f"mstc's plan at {found.tokens} tokens", found.plan), (away, found.plan_offloading)):
-        if lines:
-            console.print("\n    ".join([f"{title}:", *lines]), markup=False, highlight=False)
-    title = f"what if: {found.tokens} tokens under other memory budgets"
-    what_if = make_table(title, "peak GiB", "step s", "plan", words=["plan"])
-    what_if.show_lines = True
-    for line in found.what_if:
-        what_if.add_row(f"{line['peak'] / GIB:.1f}", f"{line['seconds']:.1f}", "\n".join(line["plan"]))
-    console.print(what_if)
-    if swept:
-        table = make_table("mini-sequences (predicted)", "tokens per chunk", "peak GiB", "step s")
-        for line in swept:
-            table.add_row(str(line["chunk"]), f"{line['peak'] / GIB:.2f}", f"{line['seconds']:.2f}")
-        console.print(table)
-    for assumption in found.assumptions:
-        console.print(f"- {assumption}")
-
-
-def _plot(found: Answer, path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots()
-    axes.plot([w["peak"] / GIB for w in found.what_if], [w["seconds"] for w in found.what_if], marker="o")
-    axes.set_xlabel("memory budget, GiB")
-    axes.set_ylabel("predicted step, s")
-    axes.set_title(f"{found.model}, {found.tokens} tokens, {found.device.label}")
-    figure.savefig(path)
+        print_answer(found)
+        if swept:
+            print_sweep(swept)
+        if expressions:
+            print_costs(expressions)
+        print_assumptions(found)

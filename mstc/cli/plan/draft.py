@@ -8,32 +8,33 @@ from typing import Any
 
 import torch
 
+from mstc.cli.plan.layers import Layers, shortened
 from mstc.cli.plan.models import Target, build, loss_of
 from mstc.cli.plan.setting import Setting
 from mstc.cli.target import tracing
 from mstc.errors import PlanError
 from mstc.graph.normal_form import NotNormalError, normalize
 from mstc.options import parse_options
-from mstc.passes.base import Context
+from mstc.passes.base import Context, not_compiled
 from mstc.passes.memory_budget import Draft, draft_of
 from mstc.pipeline import prepare
 from mstc.plan.devices import Device
-from mstc.plan.lengths import at_length
+from mstc.plan.lengths import Growing, readings
 from mstc.plan.solve import Solution, frontier, least_peak, solve
 from mstc.plan.stages import ALL_LEVERS, Levers, Stage, stages_of
 from mstc.report import Report
 
-CAPTURED_LAYERS = 4  # the first, the last, and two between them: models that alternate layers have a period of two
-CAPTURED_TOKENS = 8192
+CAPTURED_TOKENS = 8192  # the shortest of the lengths at which a step is read
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A step of any length: ``parameters`` and ``state`` in bytes, of all layers."""
+    """A step of any length: ``parameters``, ``state`` and ``stepping`` in bytes, of all layers; dtype: by name, of its
+    products; layers: those that were captured, None where that is the whole step."""
 
-    draft: Draft
-    tokens: int
-    layers: int
+    growing: Growing
+    dtype: str
+    layers: Layers | None
     parameters: int
     state: int
     stepping: int
@@ -41,14 +42,8 @@ class Planned:
 
     def stages(self, tokens: int, levers: Levers = ALL_LEVERS) -> list[Stage]:
         """The stages at a length, those of the layers that were not captured filled in."""
-        step = at_length(self.draft.step, self.tokens, tokens)
-        stages = stages_of(step, self.device, self.draft.dtype, levers)
-        missing = self.layers - CAPTURED_LAYERS
-        if self.layers == 0 or missing <= 0:
-            return stages
-        middle = stages[1:3]
-        filled = [middle[i % 2] for i in range(missing)]
-        return [*stages[:3], *filled, *stages[3:]]
+        stages = stages_of(self.growing.at(tokens), self.device, self.dtype, levers)
+        return stages if self.layers is None else _filled(stages, self.layers)
 
     @property
     def resident(self) -> int:
@@ -83,26 +78,44 @@ class Planned:
         return low
 
 
+def _filled(stages: list[Stage], layers: Layers) -> list[Stage]:
+    """With stages for the layers that were left out, behind those that they repeat."""
+    own = [stage.calls[-1].layer for stage in stages]
+    at = [i for i, layer in enumerate(own) if layer in layers.repeated]
+    assert at and at == list(range(at[0], at[-1] + 1)), "the layers' stages do not stand one behind the other"
+    repeated = [stages[i] for i in at] * (layers.missing // layers.period)
+    return [*stages[: at[-1] + 1], *repeated, *stages[at[-1] + 1 :]]
+
+
 def plan_for(target: Target, setting: Setting, tokens: int = CAPTURED_TOKENS) -> Planned:
-    """Capture the target and draft its step."""
+    """Read the target's step at three lengths, of which ``tokens`` is the shortest."""
     batch, dtype, device, optimizer = setting.batch, setting.dtype, setting.device, setting.optimizer
-    if target.config is None:
-        function, inputs = target.made(tokens, batch, dtype)
+    layers = None
+    if target.config is not None:
+        model = build(target.config, dtype)
+        count = sum(p.numel() for p in model.parameters())
+        layers = shortened(model, model.config.get_text_config())
+        loss_fn = loss_of(model)
+
+    def draft_at(length: int) -> Draft:
+        if target.config is None:
+            function, inputs = target.made(length, batch, dtype)
+        else:
+            function, inputs = loss_fn, [torch.zeros(batch, length, dtype=torch.long, device="meta")]
         with tracing(target.name):
-            draft = capture(function, inputs, device)
-        parameters = sum(draft.step.sizes[m] for m in draft.step.parameters)
-        count = parameters // (getattr(torch, draft.dtype) if target.of_user else dtype).itemsize
-        layers = 0
+            return capture(function, inputs, device)
+
+    lengths = readings(tokens)
+    drafts = [draft_at(length) for length in lengths]
+    first = drafts[0]
+    if target.config is None:
+        parameters = sum(first.step.sizes[m] for m in first.step.parameters)
+        count = parameters // (getattr(torch, first.dtype) if target.of_user else dtype).itemsize
     else:
-        whole = build(target.config, target.layers, dtype)
-        count = sum(p.numel() for p in whole.parameters())
         parameters = count * dtype.itemsize
-        model = build(target.config, min(target.layers, CAPTURED_LAYERS), dtype)
-        ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-        draft = capture(loss_of(model), [ids], device)
-        layers = target.layers
-    state = int(optimizer.state * count)
-    return Planned(draft, tokens, layers, parameters, state, int(optimizer.step * count), device)
+    growing = Growing(lengths, [d.step for d in drafts])
+    state, stepping = int(optimizer.state * count), int(optimizer.step * count)
+    return Planned(growing, first.dtype, layers, parameters, state, stepping, device)
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device, lower: str = "inductor") -> Draft:
@@ -113,7 +126,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device,
             form = normalize(gm, example)
         except NotNormalError as error:
             raise PlanError(f"the step cannot be planned: {error}") from error
-        ctx = Context(parse_options({"lower": lower}), form.training)
+        ctx = Context(parse_options({"lower": lower}), form.training, compile_body=not_compiled, explained=True)
         prepare(form.gm, ctx, Report())
         found.append(draft_of(form.gm, ctx, device))
         return gm.forward

@@ -89,10 +89,10 @@ class LinearMoE(nn.Module):
 
 
 def step(
-    sizes: Sizes, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+    sizes: Sizes, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16, device: str = "meta"
 ) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
-    """A training step on meta tensors: the loss function and its inputs."""
-    with torch.device("meta"):
+    """A training step: the loss function and its inputs; weights are as memory was."""
+    with torch.device(device):
         model = LinearMoE(sizes).to(dtype).train()
         ids = torch.zeros(batch, tokens, dtype=torch.long)
     return model.__call__, [ids]

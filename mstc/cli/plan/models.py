@@ -37,16 +37,14 @@ class Target:
         """FILE.py:FUNCTION, which sets batch and dtype itself."""
         return self.config is None and self.step is None
 
-    def made(self, tokens: int, batch: int, dtype: torch.dtype) -> tuple[Callable[..., Any], Sequence[Any]]:
+    def made(
+        self, tokens: int, batch: int, dtype: torch.dtype, device: str = "meta"
+    ) -> tuple[Callable[..., Any], Sequence[Any]]:
         """The loss function and its inputs, where there is no configuration."""
         if self.step is not None:
-            found: tuple[Callable[..., Any], Sequence[Any]] = self.step(tokens, batch, dtype)
+            found: tuple[Callable[..., Any], Sequence[Any]] = self.step(tokens, batch, dtype, device)
             return found
-        return call_of(self.name, tokens, "meta")
-
-    @property
-    def layers(self) -> int:
-        return int(self.config.num_hidden_layers) if self.config is not None else 0
+        return call_of(self.name, tokens, device)
 
 
 def target_of(name: str) -> Target:
@@ -76,15 +74,13 @@ def target_of(name: str) -> Target:
     return Target(name, _config(settings, str(path)))
 
 
-def build(config: Any, layers: int, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """The model on the meta device, in training mode."""
+def build(config: Any, dtype: torch.dtype, attention: str = "sdpa", device: str = "meta") -> Any:
+    """The model on a device, in training mode."""
     from transformers import AutoModelForCausalLM
 
-    changed = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
-    if getattr(changed, "layer_types", None):
-        changed.layer_types = changed.layer_types[:layers]
+    changed = type(config).from_dict(config.to_dict())
     changed.use_cache = False
-    with torch.device("meta"):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(changed, attn_implementation=attention).to(dtype).train()
 
 

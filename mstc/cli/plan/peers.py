@@ -10,7 +10,7 @@ FlashAttention-2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,31 +29,67 @@ HEAD_PIECES = 16
 SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": "Mini-Sequence (published)"}
 
 
+READINGS = (1024, 4096)  # tokens at which a schedule is read; pieces of both are even
+
+
 @dataclass(frozen=True)
 class Usage:
-    """Peak bytes by category, seconds of a step, and in order what it makes and frees (as `blocks.fits` takes it)."""
+    """Peak bytes by category and seconds of a step."""
 
     held: dict[str, int]
     seconds: float
-    events: list[tuple[int, int]]
 
     @property
     def peak(self) -> int:
         return sum(self.held.values())
 
-    def fits_in_blocks(self, budget: int) -> bool:
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a step makes and frees, in order, for any length: sizes follow the tokens, and their order does not.
+
+    resident: bytes that rest between steps; stepping: those that the optimizer takes beside what the step leaves;
+    readings: events (as `Tracker.events`) by the tokens at which they were read.
+    """
+
+    resident: int
+    stepping: int
+    readings: Mapping[int, Sequence[tuple[int, int]]]
+
+    def __post_init__(self) -> None:
+        few, many = self.readings.values()
+        assert len(few) == len(many), "what a step makes and frees depends on its length"
+
+    def events(self, tokens: int) -> list[tuple[int, int]]:
+        """The events of a step of so many tokens per sequence."""
+        (a, few), (b, many) = self.readings.items()
+        return [(name, x + (y - x) * (tokens - a) // (b - a)) for (name, x), (_, y) in zip(few, many, strict=True)]
+
+    def peak(self, tokens: int) -> int:
+        live = most = 0
+        held: dict[int, int] = {}
+        for name, nbytes in self.events(tokens):
+            if nbytes:
+                held[name] = nbytes
+                live += nbytes
+                most = max(most, live)
+            else:
+                live -= held.pop(name)
+        return self.resident + max(most, live + self.stepping if self.stepping else 0)
+
+    def fits_in_blocks(self, tokens: int, budget: int) -> bool:
         """Whether it has room in what PyTorch's allocator hands out beside parameters and optimizer state."""
-        return fits(self.events, budget - self.held["parameters"] - self.held["optimizer"])
+        return fits(self.events(tokens), budget - self.resident)
 
 
 class Peer:
-    """One system on one configuration; `usage` runs a step of a given length."""
+    """One system on one configuration: `usage` runs a step of a given length, `schedule` tells those of all."""
 
     def __init__(self, system: str, config: Any, setting: Setting) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register("mstc_tracked", flash)
-        self._model = build(config, config.num_hidden_layers, setting.dtype, "mstc_tracked")
+        self._model = build(config, setting.dtype, "mstc_tracked")
         self._setting, self._optimizer = setting, setting.optimizer
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._loss: Callable[[Tensor], Any] = self._plain_loss
@@ -65,12 +101,28 @@ class Peer:
                     module.mlp = _Pieces(module.mlp)
             self._loss = self._pieces_loss
 
+    def schedule(self) -> Schedule:
+        stepping = 0 if self._optimizer.in_backward else self._optimizer.step_bytes(self._parameters)
+        resident = self._bytes() + self._optimizer.state_bytes(self._parameters)
+        return Schedule(resident, stepping, {n: self._run(n).events for n in READINGS})
+
     def usage(self, seq: int) -> Usage:
         """A step of ``seq`` tokens per sequence."""
-        device, precision = self._setting.device, self._setting.precision
-        parameters = sum(p.numel() * p.element_size() for p in self._parameters)
-        state = self._optimizer.state_bytes(self._parameters)
-        tracker = Tracker(device, precision)
+        parameters, state = self._bytes(), self._optimizer.state_bytes(self._parameters)
+        tracker = self._run(seq)
+        peak = tracker.peak
+        if not self._optimizer.in_backward:
+            peak = max(peak, tracker.live + self._optimizer.step_bytes(self._parameters))
+        held = {"parameters": parameters, "optimizer": state, "gradients and activations": peak}
+        applying = self._setting.device.seconds(0, 3.0 * (parameters + state), 0, 1, self._setting.precision)
+        return Usage(held, tracker.seconds + applying)
+
+    def _bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self._parameters)
+
+    def _run(self, seq: int) -> Tracker:
+        """What a step of ``seq`` tokens made, up to its gradients."""
+        tracker = Tracker(self._setting.device, self._setting.precision)
         for t in (*self._model.parameters(), *self._model.buffers()):
             tracker.know(t)
         hooks = []
@@ -81,15 +133,11 @@ class Peer:
             out = self._loss(ids)
             torch.autograd.backward(out[0])
             del out
-            peak = tracker.peak
-            if not self._optimizer.in_backward:
-                peak = max(peak, tracker.live + self._optimizer.step_bytes(self._parameters))
+            tracker.close()
         for hook in hooks:
             hook.remove()
         self._model.zero_grad(set_to_none=True)
-        held = {"parameters": parameters, "optimizer": state, "gradients and activations": peak}
-        moved = 3.0 * (parameters + state)
-        return Usage(held, tracker.seconds + device.seconds(0, moved, 0, 1, precision), tracker.events)
+        return tracker
 
     def _plain_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self._model.model(input_ids=ids).last_hidden_state

@@ -74,6 +74,10 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Leave a tensor out of the count: the caller counts it."""
         self._known[tensor.untyped_storage()._cdata] = (-1, 0)
 
+    def close(self) -> None:
+        """Count no further: what is freed from now on belongs to no step."""
+        self._known.clear()
+
     def _gone(self, key: int) -> None:
         name, size = self._known.pop(key, (-1, 0))
         if size:

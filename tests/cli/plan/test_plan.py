@@ -46,8 +46,11 @@ def test_the_systems_stand_side_by_side(config: Path, capsys: pytest.CaptureFixt
     assert found["peak_by_category"]["parameters"] > 0
     times = [line["seconds"] for line in found["what_if"]]
     assert times == sorted(times)
-    chunk_peaks = [line["peak"] for line in found["sweep"]]
+    swept = found["sweep"]
+    chunk_peaks = [row["peak"] for row in swept["rows"]]
     assert chunk_peaks[0] == max(chunk_peaks)
+    assert swept["rows"][swept["best"]]["seconds"] == min(row["seconds"] for row in swept["rows"])
+    assert {row["measured_seconds"] for row in swept["rows"]} == {None}
     assert any("FlashAttention-2" in line for line in found["assumptions"])
 
 

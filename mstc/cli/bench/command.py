@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,45 +74,58 @@ def bench(
     """Measure training steps (forward and backward) of a model with random weights.
 
     Every run is a process of its own; the systems take turns in each round. Peak memory is above
-    what rests between steps. Exit status 1 when a system failed.
+    what rests between steps. A system that failed at some length is not tried at longer ones.
+    Exit status 1 when a system failed.
     """
     work["threads"] = threads or available_cores()
     jobs = [Job(system=s, seq=n, options=options if s == "mstc" else {}, **work) for n in seq for s in systems]
     console = make_console()
-    runs = _run_rounds(jobs, rounds, cold, make_console(stderr=True))
-    rows = [summarize(results) for results in runs.results.values()]
-    report = json.dumps(_report(runs, rows, jobs, rounds, cold), indent=2)
-    if out is not None:
-        out.write_text(report + "\n", encoding="utf-8")
+    runs = Runs()
+
+    def report() -> str:
+        return json.dumps(_report(runs, jobs, rounds, cold), indent=2)
+
+    for _ in _run_rounds(runs, jobs, rounds, cold, make_console(stderr=True)):
+        if out is not None:  # after each run, so that what was measured is there whatever ends the command
+            out.write_text(report() + "\n", encoding="utf-8")
+    rows = _rows(runs)
     if plot is not None and rows:
         save_plot(rows, plot)
     if as_json:
-        click.echo(report)
+        click.echo(report())
     else:
         _print(rows, runs.failures, console)
     if runs.failures:
         raise click.exceptions.Exit(1)
 
 
-def _run_rounds(jobs: list[Job], rounds: int, cold: bool, console: Console) -> Runs:
-    """All jobs once per round, so that a slow spell of the machine hits all systems alike."""
-    runs = Runs()
+def _run_rounds(runs: Runs, jobs: list[Job], rounds: int, cold: bool, console: Console) -> Iterator[Job]:
+    """All jobs once per round, so that a slow spell of the machine hits all systems alike; each when it was run."""
     with make_progress(console) as progress:
         task = progress.add_task("", total=rounds * sum(job.steps + 1 for job in jobs))
         for number in range(rounds):
             for job in jobs:
                 progress.update(task, description=f"round {number + 1}: {SYSTEMS[job.system].about}, {job.seq} tokens")
                 key = (job.seq, job.system)
+                shorter = min((n for n, system in runs.failures if system == job.system and n < job.seq), default=None)
+                if shorter is not None:
+                    runs.failures.setdefault(key, f"{job.system} at {job.seq} tokens: failed at {shorter}, not tried")
+                    continue
                 try:
                     result = run_job(job, lambda event: progress.advance(task), caches="off" if cold else "kept")
                 except WorkerError as error:
                     runs.failures[key] = str(error)
                 else:
                     runs.results.setdefault(key, []).append(result)
-    return runs
+                yield job
 
 
-def _report(runs: Runs, rows: list[Row], jobs: list[Job], rounds: int, cold: bool) -> dict[str, object]:
+def _rows(runs: Runs) -> list[Row]:
+    return [summarize(results) for results in runs.results.values()]
+
+
+def _report(runs: Runs, jobs: list[Job], rounds: int, cold: bool) -> dict[str, object]:
+    rows = _rows(runs)
     return {
         "versions": describe_versions(),
         "machine": describe_machine(),

@@ -32,6 +32,7 @@ MODELS: dict[str, ModelSize] = {
     "llama": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000),
     "llama-bytes": ModelSize(hidden=128, intermediate=448, layers=4, heads=4, kv_heads=2, vocab=256),
     "llama-tiny": ModelSize(hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=256),
+    "llama3-8b": ModelSize(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
     **{
         f"written-{kind}": ModelSize(256, 0, layers=2, heads=4, kv_heads=4, vocab=256, attention=kind) for kind in KINDS
     },

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from mstc.cli.bench.mini_sequence import cut_mlps, head_loss
 from mstc.cli.bench.models import checkpoint_layers
 from mstc.compat import set_activation_memory_budget
 
@@ -74,6 +75,33 @@ def _inductor(model: Any, options: dict[str, Any]) -> LossFn:
     return torch.compile(_model_loss(model))
 
 
+def _inductor_checkpointing(model: Any, options: dict[str, Any]) -> LossFn:
+    checkpoint_layers(model, use_reentrant=False)
+    return torch.compile(_model_loss(model))
+
+
+def _mini_sequence(model: Any, options: dict[str, Any]) -> LossFn:
+    checkpoint_layers(model, use_reentrant=True, preserve_rng_state=False)
+    cut_mlps(model)
+
+    def loss_fn(ids: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        return head_loss(hidden, ids[:, 1:], model.lm_head.weight) / (ids.numel() - ids.shape[0])
+
+    return loss_fn
+
+
+def _liger(model: Any, options: dict[str, Any]) -> LossFn:
+    """Its kernels for norms, rotary embedding, MLPs and the head with its loss, under checkpointing."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise RuntimeError("Liger is not installed: pip install liger-kernel (its kernels need a GPU)") from error
+    apply_liger_kernel_to_llama(model=model)
+    checkpoint_layers(model, use_reentrant=False)
+    return _model_loss(model)
+
+
 def _inductor_chunker(model: Any, options: dict[str, Any]) -> LossFn:
     chunker: dict[str, Any] = {
         "auto_chunker.enable": True,
@@ -125,6 +153,9 @@ _USUAL = {
 SYSTEMS: dict[str, System] = {
     **_USUAL,
     "ckpt-selective": System("checkpointing, attention kept", _selective, compiles=False),
+    "inductor-ckpt": System("Inductor + checkpointing", _inductor_checkpointing),
+    "mini-sequence": System("Mini-Sequence, as published", _mini_sequence, compiles=False),
+    "liger": System("Liger + checkpointing", _liger, compiles=False),
     **{
         f"inductor-budget-{budget:g}": System(
             f"Inductor, activation_memory_budget {budget:g}", _inductor_budget(budget)

@@ -1,31 +1,28 @@
 """Other ways to run the same step, as published, in eager PyTorch on meta tensors.
 
-plain: the model as it is. checkpointing: every layer runs again in its backward. mini-sequence: checkpointing, MLPs in
-8 pieces (whose intermediates autograd keeps until the layer's backward is done) and the head in 16, whose logits are
-computed again in the backward. The head and loss of the other two are those of Hugging Face transformers at the time:
-logits in float32, a shifted copy of them, and the logits held by the model's output through the backward. Attention is
-FlashAttention-2.
+plain: the model as it is. checkpointing: every layer runs again in its backward. mini-sequence: as
+`mstc.cli.bench.mini_sequence` has it. The head and loss of the other two are those of Hugging Face transformers at the
+time: logits in float32, a shifted copy of them, and the logits held by the model's output through the backward.
+Attention is FlashAttention-2.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from mstc.cli.bench.mini_sequence import cut_mlps, head_loss
 from mstc.cli.bench.models import checkpoint_layers
 from mstc.cli.plan.blocks import fits
 from mstc.cli.plan.models import build
 from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.tracker import Tracker, flash
 
-MLP_PIECES = 8  # the defaults of the published implementation
-HEAD_PIECES = 16
 SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": "Mini-Sequence (published)"}
 
 
@@ -96,9 +93,7 @@ class Peer:
         if system != "plain":
             checkpoint_layers(self._model, use_reentrant=True, preserve_rng_state=False)
         if system == "mini-sequence":
-            for module in list(self._model.modules()):
-                if hasattr(module, "mlp"):
-                    module.mlp = _Pieces(module.mlp)
+            cut_mlps(self._model)
             self._loss = self._pieces_loss
 
     def schedule(self) -> Schedule:
@@ -148,11 +143,7 @@ class Peer:
 
     def _pieces_loss(self, ids: Tensor) -> tuple[Tensor, None]:
         hidden = self._model.model(input_ids=ids).last_hidden_state[:, :-1]
-        length = math.ceil(hidden.shape[1] / HEAD_PIECES)
-        pieces = [piece.contiguous() for piece in torch.split(hidden, length, 1)]
-        losses = [_HeadPiece.apply(h, self._model.lm_head.weight) for h in pieces]  # type: ignore[no-untyped-call]
-        total: Tensor = sum(losses) / ids.numel()
-        return total, None
+        return head_loss(hidden, ids[:, 1:], self._model.lm_head.weight) / ids.numel(), None
 
 
 def _apply(p: Tensor) -> None:
@@ -160,35 +151,3 @@ def _apply(p: Tensor) -> None:
     first, second = torch.empty_like(p), torch.empty_like(p)
     del first, second
     p.grad = None
-
-
-class _Pieces(nn.Module):
-    """An MLP piece by piece, its outputs put together."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.mlp(piece) for piece in torch.split(x, math.ceil(x.shape[1] / MLP_PIECES), 1)], 1)
-
-
-class _HeadPiece(torch.autograd.Function):
-    """Head and loss of one piece. The backward computes the logits again, in float32 beside their gradient, and adds
-    to the weight's gradient by itself: nothing that waits for that gradient hears of it."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-        return F.cross_entropy(F.linear(hidden, weight).float().flatten(0, -2), labels.flatten(), reduction="sum")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight = ctx.saved_tensors
-        logits = F.linear(hidden, weight).float()
-        gradient = F.softmax(logits, dim=-1).to(hidden.dtype)
-        made = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
-        weight.grad = made if weight.grad is None else weight.grad.add_(made)
-        del logits
-        return (gradient @ weight).mul_(grads[0]), None

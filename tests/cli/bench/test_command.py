@@ -81,6 +81,20 @@ def test_bench_goes_on_after_a_failure_and_ends_with_status_1(monkeypatch: pytes
     assert data["failures"][0]["system"] == "ckpt"
 
 
+def test_what_failed_is_not_tried_at_greater_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, int]] = []
+
+    def spy(job: Job, on_step: object, *, caches: str) -> Result:
+        tried.append((job.system, job.seq))
+        return fake_run_job(job, on_step, caches=caches)
+
+    monkeypatch.setattr(command, "run_job", spy)
+    result = CliRunner().invoke(main, ["bench", "--systems", "ckpt,mstc", "--seq", "64,128,256"])
+    assert result.exit_code == 1
+    assert tried == [("ckpt", 64), ("mstc", 64), ("mstc", 128), ("mstc", 256)]
+    assert "failed: ckpt at 256 tokens: failed at 64, not tried" in result.stdout
+
+
 @pytest.mark.parametrize("seq", ["64", "64,128"])
 def test_bench_as_json_and_as_a_plot(seq: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "run_job", fake_run_job)

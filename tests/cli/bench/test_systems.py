@@ -30,9 +30,13 @@ def loss_and_norm(system: str) -> tuple[float, float]:
     return loss.item(), norm.item()
 
 
-@pytest.mark.parametrize(
-    "system", [pytest.param(s, marks=[NEEDS_LINEAR_CE] if s == "inductor-linear-ce" else []) for s in SYSTEMS]
-)
+_MARKS = {
+    "inductor-linear-ce": [NEEDS_LINEAR_CE],
+    "liger": [pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")],
+}
+
+
+@pytest.mark.parametrize("system", [pytest.param(s, marks=_MARKS.get(s, [])) for s in SYSTEMS])
 def test_same_loss_and_gradient_as_eager(system: str) -> None:
     assert loss_and_norm(system) == pytest.approx(loss_and_norm("eager"), rel=1e-5)
 

@@ -7,8 +7,9 @@ that follow (`lm_head`, `mini_sequence`, `recompute`) read the choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -25,18 +26,21 @@ from mstc.passes.checkpoints import CHECKPOINTS
 from mstc.passes.lm_head import LM_HEAD
 from mstc.passes.loops import loop_key, savings_of
 from mstc.passes.mini_sequence import MINI_SEQUENCE
+from mstc.passes.offload import OFFLOAD
 from mstc.passes.recompute import RECOMPUTE
 from mstc.plan.borders import can_run_again
 from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
 from mstc.plan.devices import Device, local
-from mstc.plan.memory import simulate
+from mstc.plan.extras import extras_of
+from mstc.plan.parted import part, schedule_of
 from mstc.plan.saves import Levels
 from mstc.plan.solve import Solution, chosen_calls, least_peak, solve
-from mstc.plan.stages import Levers, Stage, stages_of
+from mstc.plan.stages import ALL_LEVERS, Extra, Levers, Stage, stages_of
 from mstc.plan.words import bytes_text, in_words
 from mstc.report import Fidelity, Refusal
 
 MIB = 2**20
+TRIES = 4
 _LEVERS = {
     "chunks": "running in chunks",
     "recompute": "recomputing q/k/v",
@@ -56,12 +60,16 @@ class BudgetSite:
 
 @dataclass(frozen=True)
 class Draft:
-    """A graph as it would run: its calls, and the keys of its loops by the names of these."""
+    """A graph as it would run: its calls, the keys of its loops by the names of these, what its stages hold besides."""
 
     step: Step
     keys: dict[str, str]
     dtype: str
     device: Device
+    extras: tuple[Extra, ...]
+
+    def stages(self, levers: Levers = ALL_LEVERS) -> list[Stage]:
+        return stages_of(self.step, self.device, self.dtype, levers, self.extras)
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[BudgetSite | Refusal]:
@@ -73,10 +81,8 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[BudgetSite | Refusal]:
         reason = "only a run tells how long it is, so no plan can tell its bytes"
         yield refuse("memory_budget", unknown, reason, "compute on all tokens and weigh those left out by zero")
         return
-    draft = draft_of(gm, ctx)
-    stages = stages_of(draft.step, draft.device, draft.dtype, levers_of(ctx))
-    site = _site(draft, stages, within(draft, stages, budget, levers_of(ctx)), budget)
-    yield replace(site, lengths=_lengths(gm))
+    found = _fitting(gm, ctx, draft_of(gm, ctx), budget)
+    yield replace(found, lengths=_lengths(gm))
 
 
 def apply(editor: Editor, site: BudgetSite, ctx: Context) -> None:
@@ -100,20 +106,15 @@ def _lengths(gm: fx.GraphModule) -> tuple[torch.SymInt, ...]:
 
 def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> Draft:
     """The graph with every region as a loop, drafted on a copy."""
-    copied, twins = copy_of(gm)
     trial = Context(ctx.options, ctx.training, compile_body=not_compiled, planning=True)
-    trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
-    editor = Editor(copied)
     savings: dict[str, list[Saving]] = {}
     levels: dict[str, Levels] = {}
-    for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE):
-        sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if one.runs(ctx.options) else []
-        savings |= {loop_key(s.region): savings_of(s, trial, levels) for s in sites if one is MINI_SEQUENCE}
-        for site in sites:
-            one.apply(editor, site, trial)
-        if sites:
-            editor.finish()
-            trial.edited()
+
+    def see(one: Pass, sites: list[Any]) -> None:
+        if one is MINI_SEQUENCE:
+            savings.update({loop_key(s.region): savings_of(s, trial, levels) for s in sites})
+
+    copied = _with_loops(gm, ctx, trial, see)
     values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
     weights = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
     widest = max(weights, key=lambda v: v.numel(), default=torch.empty(0))
@@ -123,27 +124,67 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     # Loops of earlier passes (attention by chunks of queries) are as they are.
     step.calls = [c if c.name in trial.keys or c.program is None else _settled(c) for c in step.calls]
     step = with_savings(step, {name: savings.get(key, ()) for name, key in trial.keys.items()})
-    return Draft(step, trial.keys, dtype, device)
+    schedule = schedule_of(part(copied, ctx.training), device.kind)
+    return Draft(step, trial.keys, dtype, device, extras_of(step, schedule, device, dtype))
+
+
+def _with_loops(
+    gm: fx.GraphModule, ctx: Context, trial: Context, see: Callable[[Pass, list[Any]], None] = lambda one, sites: None
+) -> fx.GraphModule:
+    """A copy of the graph after the passes that follow this one; ``see`` hears of the sites of each before they go."""
+    copied, twins = copy_of(gm)
+    trial.facts = {name: {twins.get(n, n): v for n, v in known.items()} for name, known in ctx.facts.items()}
+    editor = Editor(copied)
+    for one in (LM_HEAD, MINI_SEQUENCE, CHECKPOINTS, RECOMPUTE, OFFLOAD):
+        sites = [s for s in one.find(copied, trial) if not isinstance(s, Refusal)] if one.runs(ctx.options) else []
+        see(one, sites)
+        for site in sites:
+            one.apply(editor, site, trial)
+        if sites:
+            editor.finish()
+            trial.edited()
+    return copied
 
 
 def _settled(call: Call) -> Call:
-    return replace(call, program=None, kind="op")
+    return replace(call, program=None, kind="queries")
 
 
-def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) -> Solution:
-    """The fastest plan under the budget; `PlanError` where there is none says what would do."""
-    resident = resident_of(draft.step)
-    found = solve(stages, resident, budget.total - outside_of(budget, draft))
-    if found is not None:
-        return found
-    least = least_peak(stages, resident).peak + outside_of(budget, draft)
+def _fitting(gm: fx.GraphModule, ctx: Context, draft: Draft, budget: Budget) -> BudgetSite:
+    """The fastest plan whose graph, parted as it will be, stays under the budget; `PlanError` says what would do.
+
+    What the plan adds up and what the parted graph holds differ by little; where that is too much, the next plan gets
+    so much less.
+    """
+    limit = budget.total - outside_of(budget, draft)
+    levers = levers_of(ctx)
+    stages, resident = draft.stages(levers), resident_of(draft.step)
+    spare = 0
+    for _ in range(TRIES):
+        solution = solve(stages, resident, limit - spare)
+        if solution is None:
+            break
+        site, peak = _checked(gm, ctx, draft, stages, solution, budget)
+        if peak <= limit:
+            return site
+        spare += peak - limit
+    site, peak = _checked(gm, ctx, draft, stages, least_peak(stages, resident), budget)
+    if peak <= limit:
+        return site
+    raise _too_small(draft, budget, levers, peak)
+
+
+def _too_small(draft: Draft, budget: Budget, levers: Levers, peak: int) -> PlanError:
+    """peak: of the smallest plan there is."""
+    resident, outside = resident_of(draft.step), outside_of(budget, draft)
+    least = peak + outside
     brings = [f"{words} brings {bytes_text(more)} of that" for words, more in _brought(draft, levers)]
     with_offload = replace(levers, offload=True)
     if not levers.offload and levers.recompute:
-        less = least_peak(stages_of(draft.step, draft.device, draft.dtype, with_offload), resident).peak
+        less = least_peak(draft.stages(with_offload), resident).peak
         words = "options={'recompute': {'offload': True}} would do with"
-        brings.append(f"{words} {bytes_text(less + outside_of(budget, draft))}")
-    raise PlanError(
+        brings.append(f"{words} {bytes_text(less + outside)}")
+    return PlanError(
         f"option 'memory_budget' is {bytes_text(budget.total)}, but the smallest plan needs {bytes_text(least)} "
         f"(parameters and inputs {bytes_text(resident)}{'; ' if brings else ''}{', '.join(brings)}); "
         f"give at least {-(-least // MIB)} MiB, or a shorter sequence"
@@ -153,11 +194,11 @@ def within(draft: Draft, stages: list[Stage], budget: Budget, levers: Levers) ->
 def _brought(draft: Draft, levers: Levers) -> Iterator[tuple[str, int]]:
     """By how many bytes the least peak would be higher without one of the levers that may be used."""
     resident = resident_of(draft.step)
-    least = least_peak(stages_of(draft.step, draft.device, draft.dtype, levers), resident).peak
+    least = least_peak(draft.stages(levers), resident).peak
     for lever, words in _LEVERS.items():
         if getattr(levers, lever):
             without = replace(levers, **{lever: False})
-            more = least_peak(stages_of(draft.step, draft.device, draft.dtype, without), resident).peak - least
+            more = least_peak(draft.stages(without), resident).peak - least
             if more > 0:
                 yield words, more
 
@@ -188,7 +229,10 @@ def chosen_step(draft: Draft, stages: list[Stage], solution: Solution) -> Step:
     return replace(draft.step, calls=chosen_calls(stages, solution))
 
 
-def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget) -> BudgetSite:
+def _checked(
+    gm: fx.GraphModule, ctx: Context, draft: Draft, stages: list[Stage], solution: Solution, budget: Budget
+) -> tuple[BudgetSite, int]:
+    """The plan, and the peak of its graph as the lowering will part it."""
     step = chosen_step(draft, stages, solution)
     chosen = {
         draft.keys.get(before.name, before.name): Chosen(
@@ -200,17 +244,18 @@ def _site(draft: Draft, stages: list[Stage], solution: Solution, budget: Budget)
         for before, after in zip(draft.step.calls, step.calls, strict=True)
         if before.name in draft.keys or can_run_again(before) or after.offloads
     }
-    peak = simulate(step).peak
+    trial = Context(ctx.options, ctx.training, compile_body=not_compiled, explained=True, chosen=chosen)
+    peak = schedule_of(part(_with_loops(gm, ctx, trial), ctx.training), draft.device.kind).timeline.peak
     offloads = any(c.offload for c in chosen.values())
     ahead = max(solution.peak - peak.total, 0) if offloads and draft.device.overlaps else 0
     parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB) or "all below 1"
     lines = (
-        f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {(peak.total + ahead) / MIB:.0f} MiB ({parts}), "
+        f"memory budget {budget.total / MIB:.0f} MiB: predicted peak {(peak.total + ahead) / MIB:.4g} MiB ({parts}), "
         f"predicted step {solution.seconds:.3f} s on {draft.device.label}",
         *in_words(step.calls),
         *_offloaded_in_words(step),
     )
-    return BudgetSite(chosen, lines)
+    return BudgetSite(chosen, lines), peak.total + ahead
 
 
 def _offloaded_in_words(step: Step) -> list[str]:

@@ -42,7 +42,7 @@ from mstc.compat.inductor import (
     without_cudagraphs,
 )
 from mstc.compat.logs import compile_name, trace_artifact, tracing_to_file
-from mstc.compat.lowering import lower_with, partitioning_by
+from mstc.compat.lowering import lower_with, parted, partitioning_by
 from mstc.compat.memory import allocating_by, references
 from mstc.compat.ops import HigherOrderOperator, OpOverload, TorchDispatchMode, get_decompositions, tree_leaves
 from mstc.compat.products import multiplying_by, onednn_product
@@ -88,6 +88,7 @@ __all__ = [
     "multiplying_by",
     "name_constants",
     "onednn_product",
+    "parted",
     "partitioning_by",
     "references",
     "set_activation_memory_budget",

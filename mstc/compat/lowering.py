@@ -15,7 +15,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-__all__ = ["lower_with", "partitioning_by"]
+__all__ = ["lower_with", "parted", "partitioning_by"]
+
+Edit = Callable[[fx.GraphModule, fx.GraphModule, int], None]
 
 
 def lower_with(name: str) -> Callable[..., Any]:
@@ -24,7 +26,7 @@ def lower_with(name: str) -> Callable[..., Any]:
     return backend
 
 
-def partitioning_by(name: str, edit: Callable[[fx.GraphModule, fx.GraphModule, int], None], key: str) -> Any:
+def partitioning_by(name: str, edit: Edit, key: str) -> Any:
     """Dynamo's backend "inductor" or "aot_eager", with a look at forward and backward before they are compiled.
 
     edit: called with both and the number of the forward's own results, which what is saved follows; it may change
@@ -47,10 +49,34 @@ def partitioning_by(name: str, edit: Callable[[fx.GraphModule, fx.GraphModule, i
     return compiled
 
 
+def parted(gm: fx.GraphModule, inputs: Sequence[Any], edit: Edit | None = None) -> list[fx.GraphModule]:
+    """The forward and, where an input requires a gradient, the backward, as AOTAutograd parts them, uncompiled.
+
+    inputs: fake tensors; edit: as of `partitioning_by`.
+    """
+    found: list[fx.GraphModule] = []
+
+    def keep(part: fx.GraphModule, inputs: list[Any]) -> Any:
+        if not found:  # in inference nothing is parted
+            found.append(part)
+        return boxed_nop(part, inputs)
+
+    def partition(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        parts = min_cut_rematerialization_partition(gm, inputs, **more)
+        found.extend(parts)
+        return _edited(parts, edit, more) if edit is not None else parts
+
+    lowered: Any = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
+    )
+    lowered(gm, list(inputs))
+    return found
+
+
 class _Partitioner(CustomPartitionerFn):
     """Inductor's own partitioner, and then the edit."""
 
-    def __init__(self, edit: Callable[[fx.GraphModule, fx.GraphModule, int], None], key: str) -> None:
+    def __init__(self, edit: Edit, key: str) -> None:
         self._edit, self._key = edit, key
 
     def __call__(
@@ -64,7 +90,7 @@ class _Partitioner(CustomPartitionerFn):
 
 def _edited(
     parts: tuple[fx.GraphModule, fx.GraphModule],
-    edit: Callable[[fx.GraphModule, fx.GraphModule, int], None],
+    edit: Edit,
     more: Mapping[str, Any],
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     forward, backward = parts

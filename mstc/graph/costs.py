@@ -89,3 +89,13 @@ def numel(node: fx.Node) -> int:
 def nbytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     return numel(node) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes that a value takes in memory, 0 for what is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    size = value.element_size()
+    for s, stride in zip(value.shape, value.stride(), strict=True):
+        size *= hint(s) if not isinstance(stride, int) or stride else 1  # an expanded dimension takes no memory
+    return size

@@ -70,6 +70,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
         raise NotNormalError(f"{title_of(changed)} has its shape or strides changed in place", changed.name)
     graph = traced.gm.graph
     _carry_metadata(gm, placeholders, traced.gm)
+    _keep_numbers(graph, fakes)
     _write_back(graph, traced.mutated, fakes)
     _mark_held(traced.gm, inputs)
     _drop_asserts(graph)
@@ -84,6 +85,13 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> NormalForm:
     graph.lint()
     traced.gm.recompile()
     return NormalForm(traced.gm, any(n.meta.get("needs_grad") for n in graph.nodes))
+
+
+def _keep_numbers(graph: fx.Graph, fakes: Sequence[Any]) -> None:
+    """A fake tensor of no dimension remembers the float that it stands for, which its copies in the graph do not."""
+    for node, fake in zip(graph.find_nodes(op="placeholder"), fakes, strict=True):
+        if isinstance(fake, torch.Tensor) and fake.dim() == 0:
+            node.meta["number"] = fake
 
 
 def _is_read_whole(target: Any) -> bool:

@@ -6,7 +6,6 @@ names of nodes; one result of several is ``node:index``.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,13 @@ import torch
 import torch.fx as fx
 from torch.utils.flop_counter import flop_registry
 
-from mstc.graph.costs import hint, is_heavy, matmul_flops, numel
+from mstc.graph.costs import bytes_of, hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
 from mstc.graph.live import is_view
 from mstc.graph.provenance import layer_of
 from mstc.ops.loop import LOSS_LOOP, is_loop
 from mstc.ops.program import Program, program
+from mstc.plan.attention import workspace_of_attention
 from mstc.plan.work import Cost, loop_cost
 
 aten = torch.ops.aten
@@ -41,9 +41,9 @@ class Saving:
 class Call:
     """One operator of the schedule.
 
-    kind: "loop", "loss", "mixer" (attention), "scan" or "op"; reads, makes: memories; keeps: memories that its
-    backward reads, its own results among them; grads: memories of inputs that get a gradient, needs: results that
-    bring one;
+    kind: "loop", "loss", "queries" (a loop over queries, chosen elsewhere), "mixer" (attention), "scan" or "op";
+    reads, makes: memories; keeps: memories that its backward reads, its own results among them; grads: memories of
+    inputs that get a gradient, needs: results that bring one;
     cost: of forward and backward; again: it runs again in the backward;
     cheap: neither a product nor a mixer; program: of a loop; chunks: how many it runs in;
     offloads: those of its results that wait for the backward elsewhere;
@@ -145,15 +145,6 @@ def with_savings(step: Step, savings: Mapping[str, Sequence[Saving]]) -> Step:
     return replace(step, calls=calls, sizes=sizes)
 
 
-def bytes_of(value: Any) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    size = value.element_size()
-    for s, stride in zip(value.shape, value.stride(), strict=True):
-        size *= hint(s) if not isinstance(stride, int) or stride else 1  # an expanded dimension takes no memory
-    return size
-
-
 class _Reader:
     """Reads nodes as calls, and notes the bytes of every memory that they name."""
 
@@ -239,7 +230,7 @@ class _Reader:
             (*reads, node.name, lse) if grads else (),
             grads,
             (node.name,) if grads else (),
-            Cost(attention_workspace(node, self._kind or q.device.type), (flops, 2.5 * flops), (moved, 2 * moved)),
+            Cost(workspace_of_attention(node, self._kind or q.device.type), (flops, 2.5 * flops), (moved, 2 * moved)),
             node.meta.get("recompute") is not None,
             exchanged=bytes_of(k) + bytes_of(v),
         )
@@ -309,50 +300,6 @@ _LINEAR = (
     aten.stack.default,
     aten.pad.default,
 )
-
-
-def attention_workspace(node: fx.Node, kind: str) -> tuple[int, int]:
-    """Buffers of attention's kernels, forward and backward, on a device of this kind."""
-    return _cpu_workspace(node) if kind == "cpu" else (0, _gpu_workspace(node))
-
-
-def _cpu_workspace(node: fx.Node) -> tuple[int, int]:
-    """Of the flash kernels (ATen/native/cpu/FlashAttentionKernel.cpp): each thread has its own; the backward copies a
-    gradient whose tokens do not lie outside its heads."""
-    q: torch.Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
-    rows = hint(q.shape[-2])
-    block = 256 if rows >= 768 else 64 if rows >= 192 else 32
-    wide = 4 * torch.get_num_threads()
-    return wide * block * (512 + 2 + hint(q.shape[-1])), wide * 2 * block * 512 + _copied_gradient(node)
-
-
-def _gpu_workspace(node: fx.Node) -> int:
-    """Of the flash kernels' backward (ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`): one float32
-    per query and head; in half precision the gradient of the queries in float32; where heads share keys and values,
-    gradients of these for every head. The memory-efficient kernels, which serve float32 and masks, need no more.
-    """
-    q, k, v = (n.meta["val"] for n in node.args[:3])  # type: ignore[union-attr]
-    heads = math.prod(hint(s) for s in q.shape[:-2])
-    rows, width = _rounded(hint(q.shape[-2]), 128), hint(q.shape[-1])
-    sums = 4 * heads * rows
-    if q.dtype.itemsize != 2:
-        return sums
-    accumulated = 4 * heads * rows * _rounded(width, 32 if width <= 128 else 64)
-    shared = heads // max(math.prod(hint(s) for s in k.shape[:-2]), 1)
-    expanded = shared * (bytes_of(k) + bytes_of(v)) if shared > 1 else 0
-    return sums + accumulated + expanded
-
-
-def _rounded(size: int, grain: int) -> int:
-    return -(-size // grain) * grain
-
-
-def _copied_gradient(node: fx.Node) -> int:
-    """A loop's gradient for attention lies as its result does."""
-    out = node.meta["val"]
-    by_loop = any(map(is_loop, node.users))
-    heads_inside = out.dim() == 4 and out.transpose(1, 2).is_contiguous()
-    return bytes_of(out) if by_loop and not heads_inside else 0
 
 
 def _is_causal(node: fx.Node) -> bool:

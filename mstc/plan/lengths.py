@@ -6,7 +6,7 @@ FLOPs are polynomials of the second degree, which three readings tell exactly. N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -18,6 +18,7 @@ from mstc.ops.body import Value
 from mstc.ops.pieces import Cut
 from mstc.ops.program import BodyCosts, Program
 from mstc.plan.calls import Call, Step
+from mstc.plan.stages import Extra
 from mstc.plan.work import Cost
 
 S = sympy.Symbol("S", positive=True)
@@ -40,11 +41,11 @@ def polynomial(tokens: tuple[int, ...], values: tuple[float, ...]) -> sympy.Poly
 class Growing:
     """A step of any length. Raises `PlanError` where the step is not the same at each of the lengths.
 
-    tokens: the lengths that ``steps`` were read at.
+    tokens: the lengths that ``steps`` were read at; extras: of their stages, at each length.
     """
 
-    def __init__(self, tokens: Sequence[int], steps: Sequence[Step]) -> None:
-        self.tokens, self.steps = tuple(tokens), tuple(steps)
+    def __init__(self, tokens: Sequence[int], steps: Sequence[Step], extras: Sequence[tuple[Extra, ...]] = ()) -> None:
+        self.tokens, self.steps, self._extras = tuple(tokens), tuple(steps), tuple(extras)
         for step in self.steps[1:]:
             _require_alike(self.steps[0], step, self.tokens)
 
@@ -53,6 +54,17 @@ class Growing:
         if tokens in self.tokens:
             return self.steps[self.tokens.index(tokens)]
         return _Evaluation(self.tokens, tokens).step(self.steps)
+
+    def extras_at(self, tokens: int) -> tuple[Extra, ...]:
+        """What the stages hold besides, with so many tokens per sequence."""
+
+        def number(values: Iterable[int]) -> int:
+            return round(float(polynomial(self.tokens, tuple(values)).eval(tokens)))
+
+        return tuple(
+            Extra(number(e.saved for e in same), number(e.forward for e in same), number(e.backward for e in same))
+            for same in zip(*self._extras, strict=True)
+        )
 
     def expression(self, values: Sequence[float]) -> sympy.Expr:
         """What has these values at the lengths that were read, in S."""
@@ -114,7 +126,7 @@ class _Evaluation:
         if call.program is None:
             costs = [c.cost for c in calls]
             work = self._whole_pair([c.work for c in costs])
-            if call.cost.rows:  # a loop over queries, cut by the bytes of a chunk: these are alike at every length
+            if call.kind == "queries":  # cut by the bytes of a chunk: these are alike at every length
                 work = (max(c.work[0] for c in costs), max(c.work[1] for c in costs))
             cost = Cost(
                 work,

@@ -55,6 +55,22 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Bytes of a stage beyond what its calls tell, whatever is chosen: saved, held in its forward and its backward."""
+
+    saved: int = 0
+    forward: int = 0
+    backward: int = 0
+
+    def of(self, option: Option) -> Option:
+        """The option with them."""
+        saved = max(option.saved + self.saved, 0)
+        return replace(
+            option, saved=saved, forward=option.forward + self.forward, backward=option.backward + self.backward
+        )
+
+
+@dataclass(frozen=True)
 class Stage:
     """Calls that are chosen for together.
 
@@ -86,22 +102,37 @@ class Levers:
 ALL_LEVERS = Levers()
 
 
-def stages_of(step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVERS) -> list[Stage]:
-    """The stages of a step with the options of each; dtype: by name, of its products.
+def stages_of(
+    step: Step, device: Device, dtype: str, levers: Levers = ALL_LEVERS, extras: Sequence[Extra] = ()
+) -> list[Stage]:
+    """The stages of a step with the options of each; dtype: by name, of its products; extras: of each stage, where they
+    are known.
 
     Stages that are alike are measured once.
     """
     bench = _Bench(step, device, dtype, levers)
     known: dict[Any, tuple[Option, ...]] = {}
     found = []
-    cut = list(_cut(step))
+    cut = cut_into_stages(step)
     movable = _movable(step, cut) if levers.offload and step.training else [()] * len(cut)
-    for calls, places, shared in zip(cut, movable, shared_by(step, cut), strict=True):
-        key = (places, _shape(calls, shared, step))
+    for calls, places, shared, extra in zip(
+        cut, movable, shared_by(step, cut), extras or [Extra()] * len(cut), strict=True
+    ):
+        key = (places, extra, _shape(calls, shared, step))
         if key not in known:
-            known[key] = bench.options(calls, shared, places)
+            known[key] = tuple(map(extra.of, bench.options(calls, shared, places)))
         found.append(Stage(tuple(calls), shared.gradients, known[key], shared.passing))
     return found
+
+
+def as_read(step: Step, device: Device, dtype: str) -> list[Stage]:
+    """The stages of a step, each with one option: as it was read."""
+    bench = _Bench(step, device, dtype, ALL_LEVERS)
+    cut = cut_into_stages(step)
+    return [
+        Stage(tuple(calls), shared.gradients, (bench.as_read(calls, shared),), shared.passing)
+        for calls, shared in zip(cut, shared_by(step, cut), strict=True)
+    ]
 
 
 def apply_choice(calls: Sequence[Call], choice: Choice) -> list[Call]:
@@ -135,15 +166,18 @@ def seconds(calls: Sequence[Call], device: Device, dtype: str, training: bool, o
     return forward + backward + 2 * copies
 
 
-def _cut(step: Step) -> Iterator[list[Call]]:
-    stage: list[Call] = []
+def cut_into_stages(step: Step) -> list[list[Call]]:
+    """The calls of each stage."""
+    stages: list[list[Call]] = [[]]
     for call in step.calls:
-        stage.append(call)
-        if call.kind in ("loop", "loss") and not call.again:
-            yield stage
-            stage = []
-    if stage:
-        yield stage
+        stages[-1].append(call)
+        if ends_stage(call):
+            stages.append([])
+    return stages if stages[-1] else stages[:-1]
+
+
+def ends_stage(call: Call) -> bool:
+    return call.kind in ("loop", "loss") and not call.again
 
 
 def _shape(calls: Sequence[Call], shared: Shared, step: Step) -> tuple[object, ...]:
@@ -241,6 +275,11 @@ class _Bench:
         choices = _choices(calls, shared.once, self._step.training, levers, movable)
         options = [self._option(calls, shared, choice) for choice in choices]
         return tuple(_undominated(options) if levers.pruned else options)
+
+    def as_read(self, calls: list[Call], shared: Shared) -> Option:
+        loops = [c for c in calls if c.program is not None]
+        again = tuple(c.again for c in calls if can_run_again(c))
+        return self._option(calls, shared, Choice(tuple(c.chunks for c in loops), again, (), (0,) * len(loops)))
 
     def _option(self, calls: list[Call], shared: Shared, choice: Choice) -> Option:
         step, border = self._step, shared.border

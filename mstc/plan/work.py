@@ -40,15 +40,15 @@ def loop_cost(p: Program, loss: bool, count: int) -> Cost:
     live = [x * length // p.costs.length for x in p.costs.live]
     # A chunk's temporaries lie where those of the chunk before lay; small ones on the heap.
     asked = [x if y * length // p.costs.length > HEAP else 0 for x, y in zip(live, p.costs.largest, strict=True)]
-    pieces = sum(_copied(v, length, p.n) for v in p.tokens)
-    results = sum(_chunk_bytes(v, length) for v in p.outputs) + sum(v.nbytes for v in p.sums)
+    pieces = sum(copied(v, length, p.n) for v in p.tokens)
+    results = sum(chunk_bytes(v, length) for v in p.outputs) + sum(v.nbytes for v in p.sums)
     held = results if count > 1 else 0  # the chunk before is dropped after the next has run
     forward = live[0] + held + pieces
     backward = 0
     if p.backward is not None:
         b = p.backward
-        incoming = sum(_copied(p.outputs[i], length, p.n) for i in b.grads if i < len(p.outputs))
-        kept = sum(_copied(p.outputs[i], length, p.n) for i in b.kept)
+        incoming = sum(copied(p.outputs[i], length, p.n) for i in b.grads if i < len(p.outputs))
+        kept = sum(copied(p.outputs[i], length, p.n) for i in b.kept)
         backward = live[1] + pieces + incoming + kept + _wider(p)
     flops = p.flops()
     moved = _moved(p, count)
@@ -98,14 +98,14 @@ def _rows(p: Program) -> int:
     return max(min(counts, default=1), 1)
 
 
-def _chunk_bytes(v: Value, length: int) -> int:
+def chunk_bytes(v: Value, length: int) -> int:
     return math.prod(v.chunk(length)) * v.dtype.itemsize
 
 
-def _copied(v: Value, length: int, n: int) -> int:
+def copied(v: Value, length: int, n: int) -> int:
     """Bytes of a chunk that must be copied to lie densely; the only chunk is the value itself."""
     if v.cut is None or length == n:
         return 0
     before = v.order[: v.order.index(v.cut.dim)]
     scattered = v.cut.outer > 1 or math.prod(v.shape[d] for d in before) > 1
-    return _chunk_bytes(v, length) if scattered else 0
+    return chunk_bytes(v, length) if scattered else 0

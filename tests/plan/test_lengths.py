@@ -21,7 +21,6 @@ from mstc.plan.devices import device
 from mstc.plan.expressions import B, C, R, S, costs_of, kinds_of
 from mstc.plan.lengths import Growing, readings
 from mstc.plan.memory import simulate
-from mstc.plan.stages import stages_of
 from testkit.hf_models import config_of
 
 A100 = device("a100-80g")
@@ -85,7 +84,7 @@ def test_what_grows_with_the_square_and_what_does_not_grow() -> None:
     for a, b in zip(evaluated.calls, captured.calls, strict=True):
         assert a.cost.flops == pytest.approx(b.cost.flops, rel=1e-6)
         assert a.cost.moved == pytest.approx(b.cost.moved, rel=0.15)
-        if b.kind == "op" and b.cost.rows:  # a chunk of queries: its length halves, and its keys grow, in steps
+        if b.kind == "queries":  # a chunk of queries: its length halves, and its keys grow, in steps
             assert b.cost.work[0] / 4.1 <= a.cost.work[0] <= 4.1 * b.cost.work[0]
         else:
             assert a.cost.work == b.cost.work
@@ -177,7 +176,7 @@ def test_layers_filled_in_are_those_of_the_whole_model() -> None:
 
     ids = torch.zeros(1, 2048, dtype=torch.long, device="meta")
     whole = capture(loss_of(build(config, torch.bfloat16)), [ids], A100)
-    stages = stages_of(whole.step, A100, whole.dtype)
+    stages = whole.stages()
     filled = planned.stages(2048)
     assert [s.options for s in filled] == [s.options for s in stages]
     assert [s.gradients for s in filled] == [s.gradients for s in stages]

@@ -12,6 +12,7 @@ from mstc.cli.plan.layers import Layers, shortened
 from mstc.cli.plan.models import Target, build, loss_of
 from mstc.cli.plan.setting import Setting
 from mstc.cli.target import tracing
+from mstc.compat import autocast
 from mstc.errors import PlanError
 from mstc.graph.normal_form import NotNormalError, normalize
 from mstc.options import parse_options
@@ -42,7 +43,8 @@ class Planned:
 
     def stages(self, tokens: int, levers: Levers = ALL_LEVERS) -> list[Stage]:
         """The stages at a length, those of the layers that were not captured filled in."""
-        stages = stages_of(self.growing.at(tokens), self.device, self.dtype, levers)
+        step, extras = self.growing.at(tokens), self.growing.extras_at(tokens)
+        stages = stages_of(step, self.device, self.dtype, levers, extras)
         return stages if self.layers is None else _filled(stages, self.layers)
 
     @property
@@ -113,7 +115,7 @@ def plan_for(target: Target, setting: Setting, tokens: int = CAPTURED_TOKENS) ->
         count = parameters // (getattr(torch, first.dtype) if target.of_user else dtype).itemsize
     else:
         parameters = count * dtype.itemsize
-    growing = Growing(lengths, [d.step for d in drafts])
+    growing = Growing(lengths, [d.step for d in drafts], [d.extras for d in drafts])
     state, stepping = int(optimizer.state * count), int(optimizer.step * count)
     return Planned(growing, first.dtype, layers, parameters, state, stepping, device)
 
@@ -127,8 +129,9 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device,
         except NotNormalError as error:
             raise PlanError(f"the step cannot be planned: {error}") from error
         ctx = Context(parse_options({"lower": lower}), form.training, compile_body=not_compiled, explained=True)
-        prepare(form.gm, ctx, Report())
-        found.append(draft_of(form.gm, ctx, device))
+        with autocast.off_at_run_time():
+            prepare(form.gm, ctx, Report())
+            found.append(draft_of(form.gm, ctx, device))
         return gm.forward
 
     torch.compiler.reset()

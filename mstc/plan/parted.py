@@ -1,0 +1,288 @@
+"""A graph parted into forward and backward as the lowering parts it, and the bytes held while each of their nodes runs.
+
+Nothing is assumed of an op: what it makes is there until its last reader has run, what the backward reads waits for it,
+and gradients stay. So this tells the peak of any graph, run op by op; `mstc.plan.memory` tells what other choices
+would change of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from mstc import compat
+from mstc.graph.copies import copy_of
+from mstc.graph.costs import bytes_of, hint
+from mstc.graph.editor import Editor
+from mstc.graph.live import is_view
+from mstc.ops.attention_shape import SHAPE
+from mstc.ops.body import Value
+from mstc.ops.loop import LOSS_LOOP, is_loop
+from mstc.ops.pieces import dense_strides
+from mstc.ops.program import Program, program
+from mstc.ops.saved import offload_saved, offloads_of
+from mstc.plan.attention import workspace_of_kernel
+from mstc.plan.memory import Point, Timeline
+from mstc.plan.work import chunk_bytes, copied, loop_cost
+
+aten = torch.ops.aten
+OFFLOAD = torch.ops.mstc.offload.default
+FETCH = torch.ops.mstc.fetch.default
+LOOP_BACKWARD = torch.ops.mstc.loop_backward.default
+_ATTENTION = aten.scaled_dot_product_attention.default
+ROLES = ("gradients", "saved", "temporaries")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """forward: its results, then what the backward reads of it; backward: None in inference; parameters: bytes of the
+    inputs that get gradients."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A node that ran, and what was held meanwhile."""
+
+    node: fx.Node
+    point: Point
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What ran in the forward and in the backward; saved: bytes that wait for the backward, by what made them."""
+
+    forward: tuple[Ran, ...]
+    backward: tuple[Ran, ...]
+    saved: Mapping[fx.Node, int]
+
+    @property
+    def timeline(self) -> Timeline:
+        return Timeline(tuple(ran.point for ran in (*self.forward, *self.backward)))
+
+
+def part(gm: fx.GraphModule, training: bool) -> Parts:
+    """Forward and backward of a graph in normal form, its loops included. The graph stays as it is."""
+    copied, _ = copy_of(gm)
+    if any(n.meta["val"].device.type == "meta" for n in _tensors(copied)):
+        _attend_by_shape(copied)
+    compat.name_constants(copied)
+    placeholders = copied.graph.find_nodes(op="placeholder")
+    inputs = [_input(n, training) for n in placeholders]
+    mode = compat.fake_mode_of([v for v in inputs if isinstance(v, torch.Tensor)])
+    with compat.isolated_tracing(mode), torch.set_grad_enabled(training):
+        found = compat.parted(copied, inputs, offload_saved if offloads_of(copied) else None)
+    needing = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
+    return Parts(found[0], found[1] if len(found) > 1 else None, sum(map(bytes_of, needing)))
+
+
+def _tensors(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    return (n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor))
+
+
+def _input(node: fx.Node, training: bool) -> Any:
+    value = node.meta["val"]
+    needs = isinstance(value, torch.Tensor) and training and node.meta.get("needs_grad")
+    return value.detach().requires_grad_() if needs else node.meta.get("number", value)
+
+
+def _attend_by_shape(gm: fx.GraphModule) -> None:
+    """On no device PyTorch would take attention apart into all pairs of tokens. A mask of bools is made one of numbers,
+    as for the kernels."""
+    editor = Editor(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION):
+        mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if mask is not None and mask.meta["val"].dtype == torch.bool:
+            dtype = node.meta["val"].dtype
+            mask = editor.call(aten._to_copy.default, (mask,), {"dtype": dtype}, like=node)
+        both = editor.call(SHAPE, (*node.args[:3], mask), like=node)
+        editor.replace_many([(node, editor.getitem(both, 0, like=node))], [node.name], "attention by its shapes")
+    editor.finish()
+
+
+def schedule_of(parts: Parts, kind: str) -> Schedule:
+    """What both parts hold, node by node, on a device of this kind, "cpu" or "cuda"."""
+    forward = _Part(parts.forward.graph, kind)
+    inputs = sum(bytes_of(n.meta.get("val")) for n in forward.inputs)
+    resting = {"parameters": parts.parameters, "inputs": inputs - parts.parameters}
+    results = {n.name: forward.root(n) for n in forward.results}
+    backward = None if parts.backward is None else _Part(parts.backward.graph, kind)
+    read = set() if backward is None else {n.name for n in backward.inputs}
+    saved = {root for name, root in results.items() if name in read}
+    first = [
+        Ran(node, _point(node, False, resting, held))
+        for node, held in forward.run({}, set(results.values()), dict.fromkeys(saved, "saved"))
+    ]
+    waiting: dict[fx.Node, int] = {}
+    for root in saved & forward.held.keys():
+        waiting[forward.maker(root)] = waiting.get(forward.maker(root), 0) + forward.held[root]
+    if backward is None:
+        return Schedule(tuple(first), (), waiting)
+    entering = backward.entering(results, forward.held)
+    returned = sum(size for root, size in forward.held.items() if root not in saved)
+    gradients = {backward.root(n) for n in backward.results}
+    roles = dict.fromkeys(entering, "saved") | dict.fromkeys(gradients, "gradients")
+    then = [
+        Ran(node, _point(node, True, resting, held, returned))
+        for node, held in backward.run(entering, gradients, roles)
+    ]
+    return Schedule(tuple(first), tuple(then), waiting)
+
+
+def _point(
+    node: fx.Node, backward: bool, resting: Mapping[str, int], held: Mapping[str, int], returned: int = 0
+) -> Point:
+    """returned: bytes of results that the caller holds through the backward."""
+    return Point(node.name, backward, {**resting, **held, "temporaries": held["temporaries"] + returned})
+
+
+class _Part:
+    """A graph that runs node by node; `held`: bytes by *root*, the node that made the memory a value lies in."""
+
+    def __init__(self, graph: fx.Graph, kind: str) -> None:
+        self._graph, self._kind = graph, kind
+        self._same: dict[fx.Node, fx.Node] = {}
+        self.inputs = graph.find_nodes(op="placeholder")
+        self.results = graph.output_node().all_input_nodes
+        self.held: dict[fx.Node, int] = {}
+
+    def root(self, node: fx.Node) -> fx.Node:
+        while node.op == "call_function" and _is_alias(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return self._same.get(node, node)
+
+    def maker(self, root: fx.Node) -> fx.Node:
+        """The op that made a root, which may be one of its results."""
+        return root.args[0] if root.target is operator.getitem else root  # type: ignore[return-value]
+
+    def entering(self, results: Mapping[str, fx.Node], held: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """Bytes of the inputs, given what the other part left, by the names of its results. Several inputs that lie in
+        one memory there do so here; those that lie in an input of the other part take none."""
+        found: dict[fx.Node, int] = {}
+        known: dict[fx.Node, fx.Node] = {}
+        for node in self.inputs:
+            if node.users and all(reader.target is FETCH for reader in node.users):
+                continue  # its bytes are elsewhere
+            if node.name not in results:
+                found[node] = bytes_of(node.meta.get("val"))  # a gradient that comes in
+                continue
+            root = results[node.name]
+            if root in known:
+                self._same[node] = known[root]
+            elif root in held:
+                known[root] = node
+                found[node] = held[root]
+        return found
+
+    def run(
+        self, entering: Mapping[fx.Node, int], stay: Set[fx.Node], roles: Mapping[fx.Node, str]
+    ) -> Iterator[tuple[fx.Node, dict[str, int]]]:
+        """Each node that is no view, with the bytes held while it runs, by role ("temporaries" unless told)."""
+        ends = self._ends()
+        now = dict.fromkeys(ROLES, 0)
+
+        def take(root: fx.Node, size: int) -> None:
+            self.held[root] = size
+            now[roles.get(root, "temporaries")] += size
+
+        def drop(root: fx.Node) -> None:
+            if root in self.held and root not in stay:
+                now[roles.get(root, "temporaries")] -= self.held.pop(root)
+
+        for root, size in entering.items():
+            take(root, size)
+        for root in set(self.inputs) - ends.keys():
+            drop(root)
+        dying: dict[fx.Node, list[fx.Node]] = {}
+        for root, end in ends.items():
+            dying.setdefault(end, []).append(root)
+        for node in self._graph.nodes:
+            if node.op == "call_function" and not _is_alias(node) and node.target is not operator.getitem:
+                for root, size in _made(node):
+                    take(root, size)
+                yield node, {**now, "temporaries": now["temporaries"] + _work(node, self._kind)}
+                for root, _ in _made(node):
+                    if root not in ends:
+                        drop(root)
+            for root in dying.get(node, ()):
+                drop(root)
+
+    def _ends(self) -> dict[fx.Node, fx.Node]:
+        """The last reader of each root. An op's results that nothing reads go with the last one that is taken out."""
+        return {self.root(i): node for node in self._graph.nodes for i in node.all_input_nodes}
+
+
+def _is_alias(node: fx.Node) -> bool:
+    return is_view(node) or node.target is aten._unsafe_view.default
+
+
+def _made(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The roots that an op makes: itself, or each of its results that is taken out, the others counted with itself."""
+    value = node.meta.get("val")
+    if node.target is OFFLOAD:  # what it returns stands for bytes elsewhere
+        return [(node, 0)]
+    if not isinstance(value, (list, tuple)):
+        return [(node, bytes_of(value))]
+    taken = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+    found = [(u, bytes_of(value[i])) for i, u in taken.items()]  # type: ignore[index]
+    return [(node, sum(bytes_of(v) for i, v in enumerate(value) if i not in taken)), *found]
+
+
+def _work(node: fx.Node, kind: str) -> int:
+    """Temporaries of an op: those of loops and of attention are known."""
+    if is_loop(node):
+        called = program(str(node.args[-1])).example()
+        pieces = [*_pairs(called.tokens, node.args[0])]
+        work = loop_cost(called, node.target is LOSS_LOOP, called.count).work[0]
+        return work + _copied(called, pieces) - _told(called, called.tokens)
+    if node.target is LOOP_BACKWARD:
+        called = program(str(node.args[-1])).example()
+        b, (gradients, tokens, _, kept, *_) = called.backward, node.args
+        assert b is not None, "the backward of a loop without one"
+        results = (*called.outputs, *called.sums)
+        told = [*called.tokens, *(called.outputs[i] for i in (*b.kept, *b.grads) if i < len(called.outputs))]
+        pieces = [
+            *_pairs([called.tokens[i] for i in b.tokens], tokens),
+            *_pairs([called.outputs[i] for i in b.kept], kept),
+            *_pairs([results[i] for i in b.grads], [list(gradients)[i] for i in b.grads]),  # type: ignore[arg-type]
+        ]
+        return loop_cost(called, False, called.count).work[1] + _copied(called, pieces) - _told(called, told)
+    return workspace_of_kernel(node, kind)
+
+
+def _pairs(values: Sequence[Value], nodes: Any) -> Iterator[tuple[Value, fx.Node | None]]:
+    return zip(values, nodes, strict=True)
+
+
+def _told(p: Program, values: Iterable[Value]) -> int:
+    """Copies of a chunk's pieces as `loop_cost` counts them: as if everything lay as the loop was traced for it."""
+    return sum(copied(v, -(-p.n // p.count), p.n) for v in values)
+
+
+def _copied(p: Program, pieces: Iterable[tuple[Value, fx.Node | None]]) -> int:
+    """Copies of a chunk's pieces, as the values lie here; gradients that do not come in are zeros."""
+    length = -(-p.n // p.count)
+    total = 0
+    for value, node in pieces:
+        if node is None or not _is_dense(node.meta["val"], value, length if p.count > 1 else p.n):
+            total += chunk_bytes(value, length)
+    return total
+
+
+def _is_dense(whole: torch.Tensor, value: Value, length: int) -> bool:
+    """Whether ``length`` indices of a tensor lie densely as a body wants them."""
+    shape = [hint(s) for s in whole.shape]
+    if value.cut is not None and length != shape[value.cut.dim] // (hint(value.cut.outer) * hint(value.cut.inner)):
+        if hint(value.cut.outer) != 1:
+            return False
+        shape[value.cut.dim] = length * hint(value.cut.inner)
+    want = dense_strides(shape, value.order)
+    return all(hint(a) == b for a, b, n in zip(whole.stride(), want, shape, strict=True) if n != 1)

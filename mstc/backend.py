@@ -11,18 +11,18 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
-from mstc.around import lowered_around
 from mstc.assume import guarded, marked_inputs, marking, offered_buffers
 from mstc.compat import autocast, building
 from mstc.dump.environment import versions
 from mstc.dump.observer import Observer, observe
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
-from mstc.lower import body_compiler, lower, mode_settings
+from mstc.lower import body_compiler, budget_settings, lower, mode_settings
 from mstc.ops import flops, loop, program
 from mstc.options import Options, parse_options
 from mstc.passes.base import Context
 from mstc.passes.loops import has_loops
 from mstc.pipeline import hold_to_word, run
+from mstc.plan.around import lowered_around
 from mstc.report import Refusal, Report, record
 from mstc.verify import Copying, verifying
 
@@ -95,7 +95,7 @@ def _rewritten(
     with autocast.off_at_run_time(), _kernels_of(options, inputs):
         run(form.gm, ctx, report, watchers)
         observer.rewritten(form.gm)
-        settings = mode_settings(mode, report if has_loops(form.gm) else None)
+        settings = mode_settings(mode, report if has_loops(form.gm) else None) | budget_settings(options)
         report.around = lowered_around(form.gm, options, mode)
         compiled = lower(form.gm, inputs, report.around or options.lower, settings)
     if copying is not None:

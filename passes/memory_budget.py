@@ -28,11 +28,12 @@ from mstc.passes.loops import loop_key, savings_of
 from mstc.passes.mini_sequence import MINI_SEQUENCE
 from mstc.passes.offload import OFFLOAD
 from mstc.passes.recompute import RECOMPUTE
+from mstc.plan.around import lowered_around
 from mstc.plan.borders import can_run_again
 from mstc.plan.calls import Call, Saving, Step, read_step, with_savings
 from mstc.plan.devices import Device, local
 from mstc.plan.extras import extras_of
-from mstc.plan.parted import part, schedule_of
+from mstc.plan.parted import Schedule, part, schedule_of
 from mstc.plan.saves import Levels
 from mstc.plan.solve import Solution, chosen_calls, least_peak, solve
 from mstc.plan.stages import ALL_LEVERS, Extra, Levers, Stage, stages_of
@@ -124,8 +125,14 @@ def draft_of(gm: fx.GraphModule, ctx: Context, device: Device | None = None) -> 
     # Loops of earlier passes (attention by chunks of queries) are as they are.
     step.calls = [c if c.name in trial.keys or c.program is None else _settled(c) for c in step.calls]
     step = with_savings(step, {name: savings.get(key, ()) for name, key in trial.keys.items()})
-    schedule = schedule_of(part(copied, ctx.training), device.kind)
+    schedule = _schedule(copied, ctx, device)
     return Draft(step, trial.keys, dtype, device, extras_of(step, schedule, device, dtype))
+
+
+def _schedule(gm: fx.GraphModule, ctx: Context, device: Device) -> Schedule:
+    """What a graph holds, node by node, run by what will lower it."""
+    lower = lowered_around(gm, ctx.options) or ctx.options.lower
+    return schedule_of(part(gm, ctx.training, lower), device.kind)
 
 
 def _with_loops(
@@ -245,7 +252,7 @@ def _checked(
         if before.name in draft.keys or can_run_again(before) or after.offloads
     }
     trial = Context(ctx.options, ctx.training, compile_body=not_compiled, explained=True, chosen=chosen)
-    peak = schedule_of(part(_with_loops(gm, ctx, trial), ctx.training), draft.device.kind).timeline.peak
+    peak = _schedule(_with_loops(gm, ctx, trial), ctx, draft.device).timeline.peak
     offloads = any(c.offload for c in chosen.values())
     ahead = max(solution.peak - peak.total, 0) if offloads and draft.device.overlaps else 0
     parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peak.held.items() if size >= MIB) or "all below 1"

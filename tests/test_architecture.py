@@ -27,7 +27,6 @@ FLOORS = {
     "mstc.passes": 3,
     "mstc.pipeline": 4,
     "mstc.lower": 4,
-    "mstc.around": 4,
     "mstc.verify": 4,
     "mstc.assume": 4,
     "mstc.dump": 4,

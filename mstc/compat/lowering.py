@@ -12,7 +12,9 @@ import torch.fx as fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 __all__ = ["lower_with", "parted", "partitioning_by"]
@@ -49,27 +51,30 @@ def partitioning_by(name: str, edit: Edit, key: str) -> Any:
     return compiled
 
 
-def parted(gm: fx.GraphModule, inputs: Sequence[Any], edit: Edit | None = None) -> list[fx.GraphModule]:
-    """The forward and, where an input requires a gradient, the backward, as AOTAutograd parts them, uncompiled.
+def parted(gm: fx.GraphModule, inputs: Sequence[Any], name: str, edit: Edit | None = None) -> list[fx.GraphModule]:
+    """The forward and, where an input requires a gradient, the backward, as "inductor" or "aot_eager" part them.
 
-    inputs: fake tensors; edit: as of `partitioning_by`.
+    Nothing is compiled. inputs: fake tensors; edit: as of `partitioning_by`.
     """
     found: list[fx.GraphModule] = []
 
-    def keep(part: fx.GraphModule, inputs: list[Any]) -> Any:
-        if not found:  # in inference nothing is parted
-            found.append(part)
-        return boxed_nop(part, inputs)
+    def keep(part: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
+        found.append(part)
+        return boxed_nop(part, list(inputs))
 
     def partition(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         parts = min_cut_rematerialization_partition(gm, inputs, **more)
-        found.extend(parts)
         return _edited(parts, edit, more) if edit is not None else parts
 
-    lowered: Any = aot_autograd(
-        fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
-    )
-    lowered(gm, list(inputs))
+    with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
+        if name == "inductor":
+            patches = {"custom_partitioner_fn": _Partitioner(edit, "parted")} if edit is not None else {}
+            compile_fx(gm, list(inputs), inner_compile=keep, config_patches=patches)
+        else:
+            lowered: Any = aot_autograd(
+                fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
+            )
+            lowered(gm, list(inputs))
     return found
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from mstc import compat
-from mstc.around import lowered_around
 from mstc.assume import offered_buffers
 from mstc.compat import autocast
 from mstc.dump.environment import command_line, versions
@@ -21,6 +20,7 @@ from mstc.ops import loop
 from mstc.options import Options, parse_options
 from mstc.passes.base import Context, not_compiled
 from mstc.pipeline import hold_to_word, run
+from mstc.plan.around import lowered_around
 from mstc.report import Fidelity, Refusal, Report
 
 __all__ = ["explain", "explained", "loop"]  # loop: the passes put its ops into graphs

@@ -19,6 +19,9 @@ from mstc.graph.reach import ancestors
 
 aten = torch.ops.aten
 
+# The memories that Inductor reads at most to compute a value anew in each of its readers (`realize_reads_threshold`).
+INLINED_READS = 4
+
 
 def is_view(node: object) -> bool:
     """Whether the node's result lies in the memory of its first argument."""
@@ -26,6 +29,8 @@ def is_view(node: object) -> bool:
     if isinstance(node, fx.Node) and target is operator.getitem:
         return is_view(node.args[0])
     schema = getattr(target, "_schema", None)
+    if target is aten._unsafe_view.default:  # a view that autograd knows nothing of
+        return True
     return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
@@ -42,8 +47,8 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
     pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
     """
     made = in_memory(gm.graph) if fused else None
-    reads = _reads(gm.graph, made)
-    ends = {value: readers[-1] for value, readers in reads.items()}
+    found = readers(gm.graph, made)
+    ends = {value: nodes[-1] for value, nodes in found.items() if value.op == "call_function"}
     dying: dict[fx.Node, list[fx.Node]] = {}
     for value, end in ends.items():
         dying.setdefault(end, []).append(value)
@@ -53,7 +58,7 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
         if node.op == "call_function" and root_of(node) is node and (made is None or node in made):
             over = None
             if fused and not is_heavy(node):
-                over = next((v for v in gone if _may_write_over(node, v, reads[v], made)), None)
+                over = next((v for v in gone if may_write_over(node, v, found[v], made)), None)
             if over is not None:
                 memory.rename(over, node)
                 gone = [v for v in gone if v is not over]
@@ -117,15 +122,15 @@ def _results(node: fx.Node) -> list[fx.Node]:
     return [node, *filter(_is_result, node.users)]
 
 
-def _may_write_over(
-    node: fx.Node, value: fx.Node, readers: Sequence[fx.Node], made: Mapping[fx.Node, None] | None
+def may_write_over(
+    node: fx.Node, value: fx.Node, reading: Sequence[fx.Node], made: Mapping[fx.Node, None] | None
 ) -> bool:
     """Whether a fused kernel may write ``node`` over ``value`` (``SchedulerNode.decide_inplace_update`` of Inductor).
 
     Each other reader has run, since ``node`` is made of it (one that merely comes earlier may share the kernel), and
     each element is written where it was read.
     """
-    return nbytes(value) == nbytes(node) and set(readers) <= ancestors([node]) and _in_place(node, value, made)
+    return nbytes(value) == nbytes(node) and set(reading) <= ancestors([node]) and _in_place(node, value, made)
 
 
 def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
@@ -148,8 +153,11 @@ def _reordered(read: object, written: object) -> bool:
     return any(a != b for size, a, b in strides if size != 1)
 
 
-def _reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:
-    """For each value made inside, the nodes that read it, in order. What is not made whole reads where it is read."""
+def readers(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:
+    """For each value in memory, the nodes that read it, in order. What is not made whole reads where it is read.
+
+    made: as of `in_memory`, None for all.
+    """
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and (made is not None and node not in made):
@@ -157,8 +165,7 @@ def _reads(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node
         if is_view(node):
             continue
         for value in _sources(node, made):
-            if value.op == "call_function":
-                found.setdefault(value, []).append(node)
+            found.setdefault(value, []).append(node)
     return found
 
 
@@ -182,13 +189,32 @@ def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]
 def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
     """The nodes whose values exist in memory when pointwise chains are fused, each once."""
     made: dict[fx.Node, None] = {}
+    reads: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
         opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)
         if node.op == "output" or (opaque and not is_reduction(node)):
             made |= dict.fromkeys(map(root_of, node.all_input_nodes))
         if opaque:
             made[node] = None
+        if node.op == "call_function" and is_fusible(node):
+            operands = [root_of(i) for i in node.all_input_nodes]
+            reads[node] = frozenset().union(*(reads.get(v, {v}) if v not in made else {v} for v in operands))
+            if len(node.users) > 1 and len(reads[node]) > INLINED_READS and _is_repeated(node):
+                made[node] = None
     return made
+
+
+def _is_repeated(node: fx.Node) -> bool:
+    """Whether what reads the value is larger, so that no kernel computes both in one loop."""
+    stack = [node]
+    while stack:
+        value = stack.pop()
+        for user in value.users:
+            if is_view(user):
+                stack.append(user)
+            elif is_fusible(user) and isinstance(user.meta.get("val"), torch.Tensor) and nbytes(user) > nbytes(node):
+                return True
+    return False
 
 
 def is_fusible(node: fx.Node) -> bool:
@@ -218,5 +244,8 @@ _CHEAP = (
     aten.where.self,
     aten.arange.start_step,
     aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
     aten.nll_loss_backward.default,
 )

@@ -17,9 +17,9 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.copies import copy_of
-from mstc.graph.costs import bytes_of, hint
+from mstc.graph.costs import bytes_of, hint, is_heavy
 from mstc.graph.editor import Editor
-from mstc.graph.live import is_view
+from mstc.graph.live import in_memory, is_view, may_write_over, readers, root_of
 from mstc.ops.attention_shape import SHAPE
 from mstc.ops.body import Value
 from mstc.ops.loop import LOSS_LOOP, is_loop
@@ -41,11 +41,12 @@ ROLES = ("gradients", "saved", "temporaries")
 @dataclass(frozen=True)
 class Parts:
     """forward: its results, then what the backward reads of it; backward: None in inference; parameters: bytes of the
-    inputs that get gradients."""
+    inputs that get gradients; fused: whether pointwise ops will run in the kernels of others."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     parameters: int
+    fused: bool
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ class Schedule:
         return Timeline(tuple(ran.point for ran in (*self.forward, *self.backward)))
 
 
-def part(gm: fx.GraphModule, training: bool) -> Parts:
-    """Forward and backward of a graph in normal form, its loops included. The graph stays as it is."""
+def part(gm: fx.GraphModule, training: bool, lower: str) -> Parts:
+    """Forward and backward of a graph in normal form, its loops included. The graph stays as it is.
+
+    lower: what will compile them, "inductor", "aot_eager" or "eager".
+    """
     copied, _ = copy_of(gm)
     if any(n.meta["val"].device.type == "meta" for n in _tensors(copied)):
         _attend_by_shape(copied)
@@ -79,9 +83,9 @@ def part(gm: fx.GraphModule, training: bool) -> Parts:
     inputs = [_input(n, training) for n in placeholders]
     mode = compat.fake_mode_of([v for v in inputs if isinstance(v, torch.Tensor)])
     with compat.isolated_tracing(mode), torch.set_grad_enabled(training):
-        found = compat.parted(copied, inputs, offload_saved if offloads_of(copied) else None)
+        found = compat.parted(copied, inputs, lower, offload_saved if offloads_of(copied) else None)
     needing = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
-    return Parts(found[0], found[1] if len(found) > 1 else None, sum(map(bytes_of, needing)))
+    return Parts(found[0], found[1] if len(found) > 1 else None, sum(map(bytes_of, needing)), lower == "inductor")
 
 
 def _tensors(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -110,11 +114,11 @@ def _attend_by_shape(gm: fx.GraphModule) -> None:
 
 def schedule_of(parts: Parts, kind: str) -> Schedule:
     """What both parts hold, node by node, on a device of this kind, "cpu" or "cuda"."""
-    forward = _Part(parts.forward.graph, kind)
+    forward = _Part(parts.forward.graph, kind, parts.fused)
     inputs = sum(bytes_of(n.meta.get("val")) for n in forward.inputs)
     resting = {"parameters": parts.parameters, "inputs": inputs - parts.parameters}
     results = {n.name: forward.root(n) for n in forward.results}
-    backward = None if parts.backward is None else _Part(parts.backward.graph, kind)
+    backward = None if parts.backward is None else _Part(parts.backward.graph, kind, parts.fused)
     read = set() if backward is None else {n.name for n in backward.inputs}
     saved = {root for name, root in results.items() if name in read}
     first = [
@@ -147,16 +151,17 @@ def _point(
 class _Part:
     """A graph that runs node by node; `held`: bytes by *root*, the node that made the memory a value lies in."""
 
-    def __init__(self, graph: fx.Graph, kind: str) -> None:
-        self._graph, self._kind = graph, kind
+    def __init__(self, graph: fx.Graph, kind: str, fused: bool) -> None:
+        self._graph, self._kind, self._fused = graph, kind, fused
+        self._made = in_memory(graph) if fused else None
+        self._readers = readers(graph, self._made)
         self._same: dict[fx.Node, fx.Node] = {}
         self.inputs = graph.find_nodes(op="placeholder")
         self.results = graph.output_node().all_input_nodes
         self.held: dict[fx.Node, int] = {}
 
     def root(self, node: fx.Node) -> fx.Node:
-        while node.op == "call_function" and _is_alias(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
+        node = root_of(node)
         return self._same.get(node, node)
 
     def maker(self, root: fx.Node) -> fx.Node:
@@ -205,7 +210,10 @@ class _Part:
         for root, end in ends.items():
             dying.setdefault(end, []).append(root)
         for node in self._graph.nodes:
-            if node.op == "call_function" and not _is_alias(node) and node.target is not operator.getitem:
+            if self._is_made(node):
+                over = self._written_over(node, [v for v in dying.get(node, ()) if v in self.held and v not in stay])
+                if over is not None:
+                    drop(over)
                 for root, size in _made(node):
                     take(root, size)
                 yield node, {**now, "temporaries": now["temporaries"] + _work(node, self._kind)}
@@ -215,13 +223,25 @@ class _Part:
             for root in dying.get(node, ()):
                 drop(root)
 
+    def _is_made(self, node: fx.Node) -> bool:
+        """Whether the node runs and makes memory of its own, or results that do."""
+        runs = node.op == "call_function" and not is_view(node) and node.target is not operator.getitem
+        return runs and (self._made is None or node in self._made)
+
+    def _written_over(self, node: fx.Node, dying: Iterable[fx.Node]) -> fx.Node | None:
+        """The memory that a fused kernel writes its result to."""
+        if not self._fused or is_heavy(node):
+            return None
+        return next((v for v in dying if may_write_over(node, v, self._readers[v], self._made)), None)
+
     def _ends(self) -> dict[fx.Node, fx.Node]:
         """The last reader of each root. An op's results that nothing reads go with the last one that is taken out."""
-        return {self.root(i): node for node in self._graph.nodes for i in node.all_input_nodes}
-
-
-def _is_alias(node: fx.Node) -> bool:
-    return is_view(node) or node.target is aten._unsafe_view.default
+        order = {n: i for i, n in enumerate(self._graph.nodes)}
+        found: dict[fx.Node, fx.Node] = {}
+        for value, nodes in self._readers.items():
+            root = self._same.get(value, value)
+            found[root] = max(nodes[-1], found.get(root, nodes[-1]), key=order.__getitem__)
+        return found
 
 
 def _made(node: fx.Node) -> list[tuple[fx.Node, int]]:

@@ -28,7 +28,9 @@ def mlp(layers: nn.ModuleList, x: Tensor) -> Tensor:
     return head(x + down(F.gelu(up(x))))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "lower", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
+)
 def test_a_sequence_of_channels_runs_in_loops(lower: str) -> None:
     layers, x, labels = convolutions(8, 24, 8, 11), randn(2, 23, 8), torch.randint(0, 11, (2, 23))
 

@@ -42,7 +42,11 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize(
     ("dots", "lower"),
-    [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")],
+    [
+        (False, "aot_eager"),
+        (True, "aot_eager"),
+        pytest.param(True, "inductor", marks=[pytest.mark.inductor, pytest.mark.slow]),
+    ],
     ids=["letters", "ellipsis", "inductor"],
 )
 def test_a_model_of_einsums_runs_in_loops(dots: bool, lower: str) -> None:

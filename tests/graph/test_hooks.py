@@ -13,6 +13,8 @@ from testkit.versions import NEEDS_HOOKS
 
 pytestmark = NEEDS_HOOKS
 
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+
 
 def compared(model: Tiny, fn: Loss, lower: str = "aot_eager") -> Comparison:
     result = compare(fn, dict(model.named_parameters()), inputs(), chunked(7, 5, lower))
@@ -22,7 +24,7 @@ def compared(model: Tiny, fn: Loss, lower: str = "aot_eager") -> Comparison:
     return result
 
 
-@pytest.mark.parametrize("lower", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("lower", ["eager", "aot_eager", INDUCTOR])
 def test_a_hook_sees_the_gradients_of_all_readers(lower: str) -> None:
     """Also of one before the registration; several run in order, and not one of them is linear."""
     model = Tiny()

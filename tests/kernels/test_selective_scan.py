@@ -120,14 +120,14 @@ def test_decoding_token_by_token(compare: Compare) -> None:
     compare(decode, exact, make(9))
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_opcheck(compiled: bool) -> None:
     i = {n: t.requires_grad_() for n, t in make(40).items()}
-    for compiled in (False, True):
-        tensors = (i["x"], i["dt"], i["A"], i["B"], i["C"], i["initial_state"])
-        torch.library.opcheck(selective_scan_core, (*tensors, None, compiled))
+    tensors = (i["x"], i["dt"], i["A"], i["B"], i["C"], i["initial_state"])
+    torch.library.opcheck(selective_scan_core, (*tensors, None, compiled))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_compiled_code_takes_blocks(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of threads; the fixture sets it back."""
     taken: list[bool] = []
@@ -196,6 +196,7 @@ def test_blocks_of_packed_documents(compare: Compare) -> None:
     compare(lambda **i: compiled_op(**i, cu_seqlens=offsets), lambda **i: core(**i, cu_seqlens=offsets), inputs)
 
 
+@pytest.mark.slow
 def test_blocks_of_some_channels_and_long_segments(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 channels, each with its gradients of A, and their sums into those of B and C; 64 tokens a segment."""
     monkeypatch.setattr(blocks, "TILE", 4 * 5)

@@ -197,6 +197,7 @@ def test_one_mask_for_forward_and_backward_through_inductor() -> None:
     assert abs(measured - dot(gradients, direction)) < 1e-5 * abs(measured)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_masks_do_not_depend_on_the_chunks() -> None:
     losses = []

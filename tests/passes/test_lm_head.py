@@ -6,7 +6,7 @@ Where others fail on one of them, `docs/coverage.md` says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import mstc
 from mstc.cli.heads.programs import LEAVES, PROGRAMS, Inputs, make_inputs, scalar_of
 from testkit.exactness import chunked, gradient_errors, gradients_of, loops_of, lowered_graphs, products_outside
+from testkit.shares import first_of
 from testkit.tiny import Tiny
 
 # Programs whose gradients cannot all come with the forward: what is asked of them depends on more than one loss.
@@ -41,11 +42,6 @@ COUNTING = ["mean", "sum", "class_weights", "smoothing", "weights_smoothing", "t
 
 # One of each kind: a loss loop of one sum, of several, a loop of two losses, of tokens, of a nonlinear loss.
 KINDS = ["mean", "z_loss", "per_sequence", "two_heads", "two_scalars", "none", "dpo", "with_logits"]
-
-
-def first_of(names: Iterable[str], few: Iterable[str]) -> list[Any]:
-    """All names, those beside ``few`` only in the long run."""
-    return [n if n in few else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 class Case:

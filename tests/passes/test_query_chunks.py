@@ -276,7 +276,9 @@ class Layer(nn.Module):
         return x + self.o(y.transpose(1, 2).reshape(B, Q, H * D))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("lower", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize(
+    "lower", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
+)
 def test_projections_around_it_run_in_loops_and_what_attention_reads_again_in_the_backward(lower: str) -> None:
     model = nn.Sequential(Layer(), Layer())
 

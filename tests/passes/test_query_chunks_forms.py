@@ -15,6 +15,7 @@ import mstc
 from testkit.allocator import measured_peak
 from testkit.attention import B, D, H, Q, attention_loops, end, options, randn, refusals, wide
 from testkit.exactness import compare, gradient_errors, gradients_of
+from testkit.shares import first_of
 
 Loss = Callable[..., Tensor]
 
@@ -324,7 +325,7 @@ def test_any_number_of_chunks(chunk: int) -> None:
     assert attention_loops(result) == 1
 
 
-@pytest.mark.parametrize("name", ["retention", "mLSTM"])
+@pytest.mark.parametrize("name", first_of(["retention", "mLSTM"], ["retention"]))
 @pytest.mark.inductor
 def test_through_inductor(name: str) -> None:
     form = FORMS[name]

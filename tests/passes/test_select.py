@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testkit.exactness import Comparison, chunked, compare, loops_of
+from testkit.shares import first_of
 from testkit.tiny import Tiny, inputs
 from testkit.versions import NEEDS_EQUAL_MASKS
 
@@ -127,14 +128,30 @@ def check_chunked(result: Comparison) -> None:
     assert all(len(shape) == 1 for shape in wide), wide  # the bias's gradient
 
 
-@pytest.mark.parametrize("name", STATIC)
+STATIC_FEW = (
+    "the last tokens",
+    "tokens at positions",
+    "index_select",
+    "gather",
+    "shifted, then at positions",
+    "pieces",
+    "equal slices",
+    "losses of tokens, sliced",
+)
+MASKS_FEW = ("mask", "shifted, then a mask", "masked_select", "losses of tokens under a mask")
+
+
+def _marks_of(name: str) -> list[pytest.MarkDecorator]:
+    few = [] if name in MASKS_FEW else [pytest.mark.slow]
+    return [*few, NEEDS_EQUAL_MASKS] if name in MADE_TWICE else few
+
+
+@pytest.mark.parametrize("name", first_of(STATIC, STATIC_FEW))
 def test_positions(name: str) -> None:
     check_chunked(run(STATIC[name]))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[NEEDS_EQUAL_MASKS] if n in MADE_TWICE else []) for n in BY_MASK]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_marks_of(n)) for n in BY_MASK])
 def test_masks(name: str) -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         check_chunked(run(BY_MASK[name], "aot_eager"))

@@ -17,7 +17,6 @@ from mstc.cli.plan.draft import capture
 from mstc.passes.memory_budget import resident_of
 from mstc.plan.devices import local
 from mstc.plan.solve import least_peak, solve
-from mstc.plan.stages import stages_of
 from testkit.allocator import measured_peak
 from testkit.hf_models import FOR_PEAKS, in_training
 
@@ -63,7 +62,7 @@ def _budget(loss_fn: Any, ids: Tensor, share: float, lower: str) -> tuple[int, i
     """A budget between the least and the fastest plan's peak, and the peak predicted under it."""
     device = local("cpu")
     draft = capture(loss_fn, [ids], device, lower)
-    stages, resident = stages_of(draft.step, device, draft.dtype), resident_of(draft.step)
+    stages, resident = draft.stages(), resident_of(draft.step)
     least, fastest = least_peak(stages, resident), solve(stages, resident)
     assert fastest is not None
     budget = int(least.peak + share * (fastest.peak - least.peak))

@@ -107,7 +107,7 @@ def test_a_step_that_depends_on_the_length_is_refused() -> None:
         Growing(readings(512), _steps_of(Branching, *readings(512)))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_expressions_give_the_figures_back(batch: int) -> None:
     growing = _planned(2048, batch).growing
     for i, step in enumerate(growing.steps):
@@ -163,6 +163,7 @@ def test_layers_that_were_not_captured_are_filled_in() -> None:
     assert deep.least(4096).peak > planned.least(4096).peak
 
 
+@pytest.mark.slow
 def test_layers_filled_in_are_those_of_the_whole_model() -> None:
     """Every third layer of this one attends to a window only."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mstc
-from mstc import around
+from mstc.plan import around
 from testkit.exactness import chunked, compare
 from testkit.float64 import true_float64
 from testkit.hf_models import causal, tokens
@@ -69,7 +69,7 @@ def test_small_models_are_compiled_whole() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bodies_through_inductor_in_a_graph_op_by_op(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(around, "FLOPS_PER_BYTE", 0)
     monkeypatch.setattr(around, "PART_OF_HELD", float("inf"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
@@ -66,9 +67,13 @@ def parted(gm: fx.GraphModule, inputs: Sequence[Any], name: str, edit: Edit | No
         parts = min_cut_rematerialization_partition(gm, inputs, **more)
         return _edited(parts, edit, more) if edit is not None else parts
 
+    folding = all(x.device.type != "meta" for x in inputs if isinstance(x, torch.Tensor))
     with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
         if name == "inductor":
-            patches = {"custom_partitioner_fn": _Partitioner(edit, "parted")} if edit is not None else {}
+            # Folding looks at values, which tensors of no device have none of: whole steps would be constants.
+            patches: dict[str, Any] = {"joint_graph_constant_folding": folding}
+            if edit is not None:
+                patches["custom_partitioner_fn"] = _Partitioner(edit, "parted")
             compile_fx(gm, list(inputs), inner_compile=keep, config_patches=patches)
         else:
             lowered: Any = aot_autograd(

@@ -79,6 +79,20 @@ def test_fused_what_no_other_op_needs_whole_is_never_there() -> None:
     assert fused.timeline.peak.total < by_op.timeline.peak.total
 
 
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_what_is_saved_is_so_on_no_device(lower: str) -> None:
+    """A step on meta tensors, as `mstc plan` reads it, is parted as on a CPU."""
+    model, loss_fn = _training("lfm2")
+    ids = torch.zeros(2, 256, dtype=torch.long)
+
+    def saved(ids: Tensor) -> list[int]:
+        return [e.saved for e in capture(loss_fn, [ids], local("cpu"), lower).extras]
+
+    here = saved(ids)
+    model.to("meta")
+    assert saved(ids.to("meta")) == pytest.approx(here, abs=2**14)
+
+
 def test_the_stages_add_up_to_the_parted_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what each holds besides, they tell the peak that the graph as it was read has."""
     found: list[Schedule] = []

@@ -191,8 +191,11 @@ def _too_small(draft: Draft, budget: Budget, levers: Levers, peak: int) -> PlanE
         less = least_peak(draft.stages(with_offload), resident).peak
         words = "options={'recompute': {'offload': True}} would do with"
         brings.append(f"{words} {bytes_text(less + outside)}")
+    given, needed = bytes_text(budget.total), bytes_text(least)
+    if given == needed:
+        given, needed = f"{budget.total:,} bytes", f"{least:,}"
     return PlanError(
-        f"option 'memory_budget' is {bytes_text(budget.total)}, but the smallest plan needs {bytes_text(least)} "
+        f"option 'memory_budget' is {given}, but the smallest plan needs {needed} "
         f"(parameters and inputs {bytes_text(resident)}{'; ' if brings else ''}{', '.join(brings)}); "
         f"give at least {-(-least // MIB)} MiB, or a shorter sequence"
     )

@@ -115,5 +115,10 @@ def test_small_sizes_are_told_in_small_units() -> None:
 
 def test_an_impossible_budget_says_what_would_do() -> None:
     _, loss_fn = in_training("llama", **FOR_PEAKS)
-    with pytest.raises(BackendCompilerFailed, match=r"smallest plan needs [\d.]+ MiB .*chunks brings"):
+    with pytest.raises(BackendCompilerFailed, match=r"smallest plan needs [\d.]+ MiB .*chunks brings") as found:
         _compiled(loss_fn, "1MiB")(_ids())
+    needed = re.search(r"needs ([\d.]+) MiB", str(found.value))
+    assert needed is not None
+    just_below = int((float(needed[1]) - 0.05) * MIB) + 1  # rounds to what is needed
+    with pytest.raises(BackendCompilerFailed, match=r"is [\d,]+ bytes, but the smallest plan needs [\d,]+ \("):
+        _compiled(loss_fn, just_below)(_ids())

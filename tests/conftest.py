@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # How long drawing an example takes tells about the machine, not about what is tested.
@@ -12,3 +15,14 @@ settings.load_profile("mstc")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="Write the golden files anew instead of comparing.")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Nothing compiled before, and one thread: attention's workspace, and with it the peak, grows with their number."""
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()

@@ -5,7 +5,7 @@ Their registry is private, and only a partitioner of our own gets to see forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,17 +35,12 @@ def partitioning_by(name: str, edit: Edit, key: str) -> Any:
     edit: called with both and the number of the forward's own results, which what is saved follows; it may change
     them. key: tells edits apart, for the compiler's caches.
     """
+    partition = _Partitioner(edit, key)
     if name == "aot_eager":
-
-        def partition(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-            return _edited(min_cut_rematerialization_partition(gm, inputs, **more), edit, more)
-
-        return aot_autograd(
-            fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
-        )
+        return _op_by_op(boxed_nop, partition)
 
     def compiled(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
-        patches = {**more.pop("config_patches", {}), "custom_partitioner_fn": _Partitioner(edit, key)}
+        patches = {**more.pop("config_patches", {}), "custom_partitioner_fn": partition}
         backend: Any = lookup_backend(name)
         return backend(gm, inputs, config_patches=patches, **more)
 
@@ -63,28 +58,27 @@ def parted(gm: fx.GraphModule, inputs: Sequence[Any], name: str, edit: Edit | No
         found.append(part)
         return boxed_nop(part, list(inputs))
 
-    def partition(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        parts = min_cut_rematerialization_partition(gm, inputs, **more)
-        return _edited(parts, edit, more) if edit is not None else parts
-
+    partition = _Partitioner(edit, "parted") if edit is not None else None
     folding = all(x.device.type != "meta" for x in inputs if isinstance(x, torch.Tensor))
     with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
         if name == "inductor":
             # Folding looks at values, which tensors of no device have none of: whole steps would be constants.
-            patches: dict[str, Any] = {"joint_graph_constant_folding": folding}
-            if edit is not None:
-                patches["custom_partitioner_fn"] = _Partitioner(edit, "parted")
+            patches = {"joint_graph_constant_folding": folding, "custom_partitioner_fn": partition}
             compile_fx(gm, list(inputs), inner_compile=keep, config_patches=patches)
         else:
-            lowered: Any = aot_autograd(
-                fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
-            )
-            lowered(gm, list(inputs))
+            _op_by_op(keep, partition or min_cut_rematerialization_partition)(gm, list(inputs))
     return found
 
 
+def _op_by_op(compiler: Callable[..., Any], partition: Callable[..., Any]) -> Any:
+    """Dynamo's backend "aot_eager", with another compiler and partitioner."""
+    return aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition, keep_inference_input_mutations=True
+    )
+
+
 class _Partitioner(CustomPartitionerFn):
-    """Inductor's own partitioner, and then the edit."""
+    """The partitioner that AOTAutograd and Inductor have by themselves, and then the edit."""
 
     def __init__(self, edit: Edit, key: str) -> None:
         self._edit, self._key = edit, key
@@ -92,20 +86,12 @@ class _Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **more: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        return _edited(min_cut_rematerialization_partition(gm, joint_inputs, **more), self._edit, more)
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **more)
+        self._edit(forward, backward, int(more["num_fwd_outputs"]))
+        for part in (forward, backward):
+            part.graph.lint()
+            part.recompile()
+        return forward, backward
 
     def uuid(self) -> str:
         return self._key
-
-
-def _edited(
-    parts: tuple[fx.GraphModule, fx.GraphModule],
-    edit: Edit,
-    more: Mapping[str, Any],
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    forward, backward = parts
-    edit(forward, backward, int(more["num_fwd_outputs"]))
-    for part in parts:
-        part.graph.lint()
-        part.recompile()
-    return forward, backward

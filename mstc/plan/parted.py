@@ -1,8 +1,8 @@
 """A graph parted into forward and backward as the lowering parts it, and the bytes held while each of their nodes runs.
 
 Nothing is assumed of an op: what it makes is there until its last reader has run, what the backward reads waits for it,
-and gradients stay. So this tells the peak of any graph, run op by op; `mstc.plan.memory` tells what other choices
-would change of it.
+and gradients stay. So this tells the peak of any graph, run op by op or, as far as `mstc.graph.live` follows Inductor,
+with pointwise ops fused; `mstc.plan.memory` tells what other choices would change of it.
 """
 
 from __future__ import annotations
@@ -214,10 +214,11 @@ class _Part:
                 over = self._written_over(node, [v for v in dying.get(node, ()) if v in self.held and v not in stay])
                 if over is not None:
                     drop(over)
-                for root, size in _made(node):
+                made = _made(node)
+                for root, size in made:
                     take(root, size)
                 yield node, {**now, "temporaries": now["temporaries"] + _work(node, self._kind)}
-                for root, _ in _made(node):
+                for root, _ in made:
                     if root not in ends:
                         drop(root)
             for root in dying.get(node, ()):

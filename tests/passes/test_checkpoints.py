@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,15 +25,7 @@ ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 MLP = "mstc::output projection + norm + gated MLP"
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Also one thread: what attention needs besides, and with it the least peak, grows with their number."""
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _loss_of(model: Any) -> Callable[[Tensor], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -25,15 +25,7 @@ from testkit.hf_models import FOR_PEAKS, in_training
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Also one thread: what attention needs besides, and with it the least peak, grows with their number."""
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass

@@ -67,11 +67,12 @@ def budget_settings(options: Options) -> dict[str, Any]:
 def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]:
     """Compiles loop bodies: plain functions of tensors, without gradients, one after another.
 
-    A body says in its ``meta["settings"]`` what of Inductor's configuration it needs, if anything.
+    They are ATen ops without mutation already, so only Inductor has anything to do. A body says in its
+    ``meta["settings"]`` what of Inductor's configuration it needs, if anything.
     """
 
     def compile_body(gm: fx.GraphModule, fakes: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        if name == "eager":
+        if name != "inductor":
             return gm.forward
         mode = compat.fake_mode_of_values(fakes)
         with (

@@ -81,7 +81,10 @@ def _in_loops(graph: fx.Graph, ctx: Context) -> dict[fx.Node, Place]:
 
 
 def _may_loop(region: Region, ctx: Context) -> bool:
+    """Under a memory budget any region may: the plan chooses later."""
     options = ctx.options
+    if options.memory_budget is not None:
+        return True
     asked = [options.mini_sequence.chunk_tokens] if options.mini_sequence.enabled else []
     asked += [options.lm_head.chunk_tokens] if options.lm_head.enabled and region.sums else []
     return any(choose(region, tokens).count > 1 for tokens in asked)

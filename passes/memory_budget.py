@@ -160,8 +160,8 @@ def _settled(call: Call) -> Call:
 def _fitting(gm: fx.GraphModule, ctx: Context, draft: Draft, budget: Budget) -> BudgetSite:
     """The fastest plan whose graph, parted as it will be, stays under the budget; `PlanError` says what would do.
 
-    What the plan adds up and what the parted graph holds differ by little; where that is too much, the next plan gets
-    so much less.
+    What the plan adds up and what the parted graph holds differ by little; where that is too much, the next plan
+    leaves that difference free.
     """
     limit = budget.total - outside_of(budget, draft)
     levers = levers_of(ctx)
@@ -174,7 +174,7 @@ def _fitting(gm: fx.GraphModule, ctx: Context, draft: Draft, budget: Budget) -> 
         site, peak = _checked(gm, ctx, draft, stages, solution, budget)
         if peak <= limit:
             return site
-        spare += peak - limit
+        spare = max(spare, peak - solution.peak)
     site, peak = _checked(gm, ctx, draft, stages, least_peak(stages, resident), budget)
     if peak <= limit:
         return site

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Workers side by side share the cores: threads of the one would wait for those of the other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what tests start
 
 # How long drawing an example takes tells about the machine, not about what is tested.
 settings.register_profile("mstc", deadline=None, suppress_health_check=[HealthCheck.too_slow])

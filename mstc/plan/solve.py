@@ -80,11 +80,10 @@ def chosen_calls(stages: Sequence[Stage], solution: Solution) -> list[Call]:
 def _fastest(stages: Sequence[Stage], resident: int, budget: int | None) -> Solution | None:
     states = _States.start()
     trail: list[_States] = []
+    tables = {key: _Table.of(s) for key, s in {id(s): s for s in stages}.items()}  # identical stages are one object
+    room = None if budget is None else budget - resident
     for stage, beside in zip(stages, _beside(stages), strict=True):
-        made: dict[tuple[int, int], list[_States]] = {}
-        for i, option in enumerate(stage.options):
-            made.setdefault(option.carry, []).append(_extend(i, option, states, resident, beside, budget))
-        states = _States.joined([_States.joined(alike).pruned() for alike in made.values()])
+        states = _extended(states, tables[id(stage)], beside, room)
         if not states.saved.numel():
             return None
         trail.append(states)
@@ -118,6 +117,31 @@ def _beside(stages: Sequence[Stage]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """The options of a stage, each a position in tensors of the same length; alike: those of the same carry."""
+
+    saved: torch.Tensor
+    spent: torch.Tensor
+    forward: torch.Tensor
+    backward: torch.Tensor
+    alike: dict[tuple[int, int], torch.Tensor]
+
+    @staticmethod
+    def of(stage: Stage) -> _Table:
+        options = stage.options
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, option in enumerate(options):
+            alike.setdefault(option.carry, []).append(i)
+        return _Table(
+            torch.tensor([o.saved for o in options]),
+            torch.tensor([o.seconds for o in options], dtype=torch.float64),
+            torch.tensor([o.forward for o in options]),
+            torch.tensor([o.backward for o in options]),
+            {carry: torch.tensor(which) for carry, which in alike.items()},
+        )
+
+
+@dataclass(frozen=True)
 class _States:
     """Ways to run the stages so far, each a position in tensors of the same length.
 
@@ -141,38 +165,41 @@ class _States:
     def joined(several: Sequence[_States]) -> _States:
         return _States(*(torch.cat([getattr(s, f.name) for s in several]) for f in fields(_States)))
 
-    def at(self, which: torch.Tensor) -> _States:
-        return _States(*(getattr(self, f.name)[which] for f in fields(_States)))
 
-    def pruned(self) -> _States:
-        """Those that no other beats in bytes and seconds."""
-        order = torch.argsort(self.spent, stable=True)
-        order = order[torch.argsort(self.saved[order], stable=True)]
-        found = self.at(order)
-        if not found.saved.numel():
-            return found
-        first = torch.full((1,), float("inf"), dtype=found.spent.dtype)
-        before = torch.cat([first, found.spent.cummin(0).values[:-1]])
-        return found.at(found.spent < before * (1 - 1e-12))
+def _extended(states: _States, table: _Table, beside: tuple[int, int], room: int | None) -> _States:
+    """Every state with every option that fits into ``room``; of those that the next stage sees alike, only the ones
+    that no other beats in bytes and seconds."""
+    return _States.joined([_with_options(states, table, beside, room, *alike) for alike in table.alike.items()])
 
 
-def _extend(
-    number: int, option: Option, states: _States, resident: int, beside: tuple[int, int], budget: int | None
+def _with_options(
+    states: _States,
+    table: _Table,
+    beside: tuple[int, int],
+    room: int | None,
+    carry: tuple[int, int],
+    which: torch.Tensor,
 ) -> _States:
-    """Every state to which the option may be added, with it."""
     forward, backward = beside
-    held = torch.maximum(states.carry + (forward + option.forward), states.carry_back + (backward + option.backward))
-    if budget is None:
-        fits = torch.arange(held.numel())
-    else:
-        fits = (states.saved + held + resident <= budget).nonzero().flatten()
-    like = torch.ones_like(fits)
-    carry, back = option.carry
-    return _States(
-        states.saved[fits] + option.saved,
-        states.spent[fits] + option.seconds,
-        carry * like,
-        back * like,
-        fits,
-        number * like,
+    held = torch.maximum(
+        states.carry + (table.forward[which] + forward)[:, None],
+        states.carry_back + (table.backward[which] + backward)[:, None],
     )
+    fits = torch.ones_like(held, dtype=torch.bool) if room is None else states.saved + held <= room
+    rows, parents = fits.nonzero(as_tuple=True)
+    chosen = which[rows]
+    saved, spent = states.saved[parents] + table.saved[chosen], states.spent[parents] + table.spent[chosen]
+    best = _unbeaten(saved, spent)
+    first, back = (torch.full_like(best, c) for c in carry)
+    return _States(saved[best], spent[best], first, back, parents[best], chosen[best])
+
+
+def _unbeaten(saved: torch.Tensor, spent: torch.Tensor) -> torch.Tensor:
+    """The positions that no other beats in bytes and seconds, by bytes."""
+    if not saved.numel():
+        return torch.zeros(0, dtype=torch.int64)
+    order = torch.argsort(spent, stable=True)
+    order = order[torch.argsort(saved[order], stable=True)]
+    before = spent[order].cummin(0).values.roll(1)
+    before[0] = float("inf")
+    return order[spent[order] < before * (1 - 1e-12)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mstc.cli.plan.draft import Planned, plan_for
 from mstc.cli.plan.models import Target
-from mstc.cli.plan.peers import SYSTEMS, Peer
+from mstc.cli.plan.peers import SYSTEMS, Peer, readings_for, systems_for
 from mstc.cli.plan.setting import Setting
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
@@ -77,16 +77,22 @@ class Answer:
 
 def steps_of(target: Target) -> int:
     """How often `answer` tells what it is about to do."""
-    return 3 + (len(SYSTEMS) if target.config is not None else 0)
+    return 3 + len(systems_for(target))
 
 
 def answer(
     target: Target, setting: Setting, seq: int | None, tell: Callable[[str], None] = lambda doing: None
 ) -> Answer:
-    """Plan the target; ``tell`` hears what comes next. Raises `PlanError` where not even the shortest sequence fits.
+    """Plan the target; ``tell`` hears what comes next. Raises `PlanError` where not even the shortest sequence fits,
+    and where the model has fewer positions than ``seq``.
 
     seq: tokens per sequence; None: each system's own longest.
     """
+    if seq and target.positions and seq > target.positions:
+        raise PlanError(
+            f"{target.name} has learned positions for {target.positions} tokens, but --seq is {seq}; give a shorter "
+            "one, or a configuration of more positions"
+        )
     tell(f"capturing {target.name}")
     planned = plan_for(target, setting)
     tell("mstc's longest sequence")
@@ -96,10 +102,9 @@ def answer(
         raise _does_not_fit(target, planned, setting.device)
     found = Answer(target.name, setting.device, setting.batch, seq or longest, planned)
     farthest = planned.longest(budget, OFFLOADING)
-    if target.config is not None:
-        for name, about in SYSTEMS.items():
-            tell(about)
-            found.rows.append(_peer(name, target, setting, seq))
+    for name in systems_for(target):
+        tell(SYSTEMS[name])
+        found.rows.append(_peer(name, target, setting, seq))
     _as_planned(found, longest, budget)
     _offloading(found, farthest, seq or farthest, budget)
     tell("other budgets")
@@ -145,8 +150,8 @@ def _offloading(found: Answer, longest: int, tokens: int, budget: int) -> None:
 
 def _peer(system: str, target: Target, setting: Setting, seq: int | None) -> Row:
     peer, budget = Peer(system, target.config, setting), setting.device.usable()
-    schedule = peer.schedule()
-    longest = longest_of(schedule.peak, budget)
+    schedule = peer.schedule(*readings_for(target))
+    longest = min(longest_of(schedule.peak, budget), target.positions or MOST)
     in_blocks = longest_in_blocks(lambda n: schedule.fits_in_blocks(n, budget), longest)
     tokens = seq or longest
     usage = peer.usage(tokens) if tokens else None
@@ -206,5 +211,10 @@ def _assumptions(target: Target, setting: Setting) -> list[str]:
         "mstc: gradients are held to the end of the backward under every optimizer",
         f"mstc, offloading: activations only, over a link of {device.link / 1e9:.0f} GB/s each way beside computation, "
         "into as much host memory as needed; parameters, gradients and optimizer state stay",
+        *_of_positions(target),
         *(f"{what}: {source}" for what, source in device.sources.items()),
     ]
+
+
+def _of_positions(target: Target) -> list[str]:
+    return [f"no sequence is longer than its {target.positions} learned positions"] if target.positions else []

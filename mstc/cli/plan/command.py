@@ -43,6 +43,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     type=click.Choice(["chunks"]),
     help="Time and peak against the number of mini-sequences; with --device this each is measured too.",
 )
+@click.option("--ignore-unknown", is_flag=True, help="Leave out keys of the configuration that transformers lacks.")
 @click.option("--costs", is_flag=True, help="FLOPs and bytes of each kind of loop and attention, as expressions.")
 @file_option("--plot", help="PNG of time against memory budget, and of the sweep.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -54,6 +55,7 @@ def plan(
     dtype: str,
     optimizer: str,
     sweep: str | None,
+    ignore_unknown: bool,
     costs: bool,
     plot: Path | None,
     as_json: bool,
@@ -65,7 +67,7 @@ def plan(
     """
     if ".py:" in model and (batch != 1 or dtype != "bfloat16"):
         raise click.UsageError("--batch and --dtype are of configurations; FILE.py:FUNCTION sets both itself")
-    target = target_of(model)
+    target = target_of(model, ignore_unknown)
     setting = Setting(device_of(device_name), batch, DTYPES[dtype], OPTIMIZERS[optimizer])
     with make_progress(make_console(stderr=True)) as progress:
         task = progress.add_task("", total=steps_of(target), completed=-1)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from mstc.cli.plan.building import build, loss_of
 from mstc.cli.plan.layers import Layers, shortened
-from mstc.cli.plan.models import Target, build, loss_of
+from mstc.cli.plan.models import Target
 from mstc.cli.plan.setting import Setting
 from mstc.cli.target import tracing
 from mstc.compat import autocast
@@ -25,13 +26,13 @@ from mstc.plan.solve import Solution, frontier, least_peak, solve
 from mstc.plan.stages import ALL_LEVERS, Levers, Stage, stages_of
 from mstc.report import Report
 
-CAPTURED_TOKENS = 8192  # the shortest of the lengths at which a step is read
+CAPTURED_TOKENS = 8192  # the shortest of the lengths at which a step is read, where the model has so many positions
 
 
 @dataclass(frozen=True)
 class Planned:
     """A step of any length: ``parameters``, ``state`` and ``stepping`` in bytes, of all layers; dtype: by name, of its
-    products; layers: those that were captured, None where that is the whole step."""
+    products; layers: those that were captured, None where that is the whole step; positions: as of `Target`."""
 
     growing: Growing
     dtype: str
@@ -40,6 +41,7 @@ class Planned:
     state: int
     stepping: int
     device: Device
+    positions: int | None = None
 
     def stages(self, tokens: int, levers: Levers = ALL_LEVERS) -> list[Stage]:
         """The stages at a length, those of the layers that were not captured filled in."""
@@ -67,7 +69,9 @@ class Planned:
         return frontier(self.stages(tokens), self.resident)
 
     def longest(self, budget: int, levers: Levers = ALL_LEVERS, grain: int = 1024) -> int:
-        """The most tokens that fit, in steps of ``grain``; 0 where none does."""
+        """The most tokens that fit, in steps of ``grain``, or all for which there are positions; 0 where none does."""
+        if self.positions and self.fastest(self.positions, budget, levers) is not None:
+            return self.positions
         low, high = 0, grain
         while high <= 1 << 26 and self.fastest(high, budget, levers) is not None:
             low, high = high, 2 * high
@@ -90,7 +94,7 @@ def _filled(stages: list[Stage], layers: Layers) -> list[Stage]:
 
 
 def plan_for(target: Target, setting: Setting, tokens: int = CAPTURED_TOKENS) -> Planned:
-    """Read the target's step at three lengths, of which ``tokens`` is the shortest."""
+    """Read the target's step at three lengths, of which ``tokens`` is the shortest (less where positions end)."""
     batch, dtype, device, optimizer = setting.batch, setting.dtype, setting.device, setting.optimizer
     layers = None
     if target.config is not None:
@@ -107,7 +111,7 @@ def plan_for(target: Target, setting: Setting, tokens: int = CAPTURED_TOKENS) ->
         with tracing(target.name):
             return capture(function, inputs, device)
 
-    lengths = readings(tokens)
+    lengths = readings(min(tokens, target.positions // 2) if target.positions else tokens)
     drafts = [draft_at(length) for length in lengths]
     first = drafts[0]
     if target.config is None:
@@ -117,7 +121,7 @@ def plan_for(target: Target, setting: Setting, tokens: int = CAPTURED_TOKENS) ->
         parameters = count * dtype.itemsize
     growing = Growing(lengths, [d.step for d in drafts], [d.extras for d in drafts])
     state, stepping = int(optimizer.state * count), int(optimizer.step * count)
-    return Planned(growing, first.dtype, layers, parameters, state, stepping, device)
+    return Planned(growing, first.dtype, layers, parameters, state, stepping, device, target.positions)
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device, lower: str = "inductor") -> Draft:
@@ -128,17 +132,20 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device,
             form = normalize(gm, example)
         except NotNormalError as error:
             raise PlanError(f"the step cannot be planned: {error}") from error
-        ctx = Context(parse_options({"lower": lower}), form.training, compile_body=not_compiled, explained=True)
+        options = parse_options({"lower": lower, "memory_budget": device.usable()})
+        ctx = Context(options, form.training, compile_body=not_compiled, explained=True)
         with autocast.off_at_run_time():
             prepare(form.gm, ctx, Report())
             found.append(draft_of(form.gm, ctx, device))
         return gm.forward
 
-    torch.compiler.reset()
-    torch.compile(function, backend=backend, dynamic=False)(*inputs)
-    if len(found) != 1:
-        raise PlanError(
-            f"the step was captured in {len(found)} graphs; plan a function that is one graph (`mstc dump` shows "
-            "where graphs end, and why)"
-        )
-    return found[0]
+    for _ in range(2):  # a warning that a model gives only once ends a graph the first time
+        found.clear()
+        torch.compiler.reset()
+        torch.compile(function, backend=backend, dynamic=False)(*inputs)
+        if len(found) == 1:
+            return found[0]
+    raise PlanError(
+        f"the step was captured in {len(found)} graphs; plan a function that is one graph (`mstc dump` shows "
+        "where graphs end, and why)"
+    )

@@ -19,7 +19,8 @@ from torch import nn
 from mstc.cli.bench.driver import WorkerError, run_module
 from mstc.cli.bench.meter import MB, meter_for
 from mstc.cli.measured_step import run_step
-from mstc.cli.plan.models import build, loss_of, target_of
+from mstc.cli.plan.building import build, loss_of
+from mstc.cli.plan.models import target_of
 from mstc.cli.target import said
 from mstc.errors import PlanError
 
@@ -65,7 +66,7 @@ def _measured(run: Run) -> dict[str, float]:
 
 def _made(run: Run) -> tuple[Callable[..., Any], Sequence[Any]]:
     """The loss function and its inputs, with random weights and tokens."""
-    target, dtype = target_of(run.model), getattr(torch, run.dtype)
+    target, dtype = target_of(run.model, ignore_unknown=True), getattr(torch, run.dtype)
     if target.config is not None:
         model = build(target.config, dtype, device=run.device)
         vocabulary = model.config.get_text_config().vocab_size

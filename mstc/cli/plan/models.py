@@ -12,25 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mstc.cli.target import call_of
+from mstc.cli.plan.building import positions_of
+from mstc.cli.target import call_of, said
 from mstc.errors import PlanError
 
 SHIPPED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
 
-_OLDER = ("rope_theta", "rope_scaling", "torch_dtype")  # keys that transformers converts to newer ones
+# Keys that transformers converts to newer ones, or no longer reads.
+_OLDER = ("rope_theta", "rope_scaling", "torch_dtype", "n_ctx", "n_positions", "seq_length", "pretraining_tp")
 _NEARLY = 0.85  # of difflib's ratio: "hiden_size" and "hidden_size" have 0.95, "torch_dtype" and "dtype" 0.63
 
 
 @dataclass(frozen=True)
 class Target:
     """What to plan, by ``name``: a configuration (``config``), a shipped model that transformers does not have
-    (``step``, a function of tokens, batch and dtype), or else FILE.py:FUNCTION."""
+    (``step``, a function of tokens, batch and dtype), or else FILE.py:FUNCTION.
+
+    positions: the most tokens that a configuration's model has learned positions for, None where any number will do.
+    """
 
     name: str
     config: Any = None
     step: Callable[..., Any] | None = None
+    positions: int | None = None
 
     @property
     def of_user(self) -> bool:
@@ -47,13 +52,16 @@ class Target:
         return call_of(self.name, tokens, device)
 
 
-def target_of(name: str) -> Target:
-    """The target by that name. Raises `PlanError` where there is none or its configuration is not understood."""
+def target_of(name: str, ignore_unknown: bool = False) -> Target:
+    """The target by that name. Raises `PlanError` where there is none or its configuration is not understood.
+
+    ignore_unknown: leave out keys that transformers does not know, instead of refusing them.
+    """
     if name in SHIPPED:
         settings = {k: v for k, v in SHIPPED[name].items() if k != "source"}
         if settings["model_type"] == "linear_moe":
             return Target(name, step=_linear_moe(settings))
-        return Target(name, _config(settings, name))
+        return _of_config(name, settings, name, ignore_unknown)
     if ".py:" in name:
         return Target(name)
     path = Path(name)
@@ -71,39 +79,45 @@ def target_of(name: str) -> Target:
         raise PlanError(f"{path} is not JSON: {error}{more}") from error
     if not isinstance(settings, dict):
         raise PlanError(f"{path} must hold a model's configuration, a JSON object; it is a {type(settings).__name__}")
-    return Target(name, _config(settings, str(path)))
+    return _of_config(name, settings, str(path), ignore_unknown)
 
 
-def build(config: Any, dtype: torch.dtype, attention: str = "sdpa", device: str = "meta") -> Any:
-    """The model on a device, in training mode."""
-    from transformers import AutoModelForCausalLM
-
-    changed = type(config).from_dict(config.to_dict())
-    changed.use_cache = False
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(changed, attn_implementation=attention).to(dtype).train()
+def _of_config(name: str, settings: Mapping[str, Any], source: str, ignore_unknown: bool) -> Target:
+    config = _config(settings, source, ignore_unknown)
+    return Target(name, config, positions=positions_of(config))
 
 
-def loss_of(model: Any) -> Callable[[Tensor], Tensor]:
-    def loss_fn(ids: Tensor) -> Tensor:
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
-        return loss
-
-    return loss_fn
-
-
-def _config(settings: dict[str, Any], name: str) -> Any:
+def _config(settings: Mapping[str, Any], source: str, ignore_unknown: bool) -> Any:
     from transformers import CONFIG_MAPPING
 
-    settings = dict(settings)
-    kind = settings.pop("model_type", None)
+    kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise PlanError(f"{name}: model_type {kind!r} is none that transformers knows")
+        raise PlanError(f"{source}: model_type '{kind}' is none that transformers knows")
     made = CONFIG_MAPPING[kind]
-    unknown = _misspelt(settings, {*inspect.signature(made.__init__).parameters, *made().to_dict()})
+    if not ignore_unknown:
+        _require_known(settings, made, kind, source)
+    try:
+        return made(**{k: v for k, v in settings.items() if k != "model_type"})
+    except Exception as e:  # whatever a configuration of this kind raises
+        raise PlanError(f"{source} is no {kind} configuration: {said(e)}") from e
+
+
+def _require_known(settings: Mapping[str, Any], made: Any, kind: str, source: str) -> None:
+    """No misspelt key, in the configurations of its parts neither."""
+    from transformers import CONFIG_MAPPING
+
+    unknown = _misspelt(settings, {"model_type", *inspect.signature(made.__init__).parameters, *made().to_dict()})
     if unknown:
-        raise PlanError(f"{name}: unknown keys {', '.join(unknown)} for a {kind} configuration; remove or correct them")
-    return made(**{**settings, "max_position_embeddings": 1 << 24})
+        raise PlanError(
+            f"{source}: unknown keys {', '.join(unknown)} for a {kind} configuration; correct them, or leave them out "
+            "by --ignore-unknown"
+        )
+    for key, part in made.sub_configs.items():
+        given = settings.get(key)
+        if isinstance(given, dict):
+            own = given.get("model_type", getattr(part, "model_type", ""))
+            if own in CONFIG_MAPPING:
+                _require_known(given, CONFIG_MAPPING[own], own, f"{source}: {key}")
 
 
 def _misspelt(settings: Mapping[str, Any], known: set[str]) -> list[str]:
@@ -111,7 +125,10 @@ def _misspelt(settings: Mapping[str, Any], known: set[str]) -> list[str]:
 
     Published configurations hold other keys besides, which transformers converts or ignores.
     """
-    odd = {k: v for k, v in settings.items() if k not in known and k not in _OLDER}
+    from transformers import GenerationConfig
+
+    harmless = {*_OLDER, *GenerationConfig().to_dict()}  # older configurations hold how to generate
+    odd = {k: v for k, v in settings.items() if k not in known | harmless and not k.endswith("_token_id")}
     return sorted(
         k for k, v in odd.items() if type(v) is int or difflib.get_close_matches(k, known, n=1, cutoff=_NEARLY)
     )

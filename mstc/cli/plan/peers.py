@@ -19,14 +19,26 @@ from torch.nn import functional as F
 from mstc.cli.bench.mini_sequence import cut_mlps, head_loss
 from mstc.cli.bench.models import checkpoint_layers
 from mstc.cli.plan.blocks import fits
-from mstc.cli.plan.models import build
+from mstc.cli.plan.building import build, is_causal
+from mstc.cli.plan.models import Target
 from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.tracker import Tracker, flash
 
 SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": "Mini-Sequence (published)"}
 
 
-READINGS = (1024, 4096)  # tokens at which a schedule is read; pieces of both are even
+def systems_for(target: Target) -> tuple[str, ...]:
+    """The systems that run the target: those of configurations, and Mini-Sequence those whose head is one matrix on
+    the last hidden state."""
+    if target.config is None:
+        return ()
+    return tuple(SYSTEMS) if is_causal(target.config) else ("plain", "checkpointing")
+
+
+def readings_for(target: Target) -> tuple[int, int]:
+    """The tokens at which a schedule is read; pieces of both are even."""
+    short = 1024 if target.positions is None else min(1024, target.positions // 64 * 16)
+    return short, 4 * short
 
 
 @dataclass(frozen=True)
@@ -89,17 +101,18 @@ class Peer:
         self._model = build(config, setting.dtype, "mstc_tracked")
         self._setting, self._optimizer = setting, setting.optimizer
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._loss: Callable[[Tensor], Any] = self._plain_loss
+        self._loss: Callable[[Tensor], Any] = self._shifted_loss if is_causal(config) else self._own_loss
         if system != "plain":
             checkpoint_layers(self._model, use_reentrant=True, preserve_rng_state=False)
         if system == "mini-sequence":
             cut_mlps(self._model)
             self._loss = self._pieces_loss
 
-    def schedule(self) -> Schedule:
+    def schedule(self, few: int, many: int) -> Schedule:
+        """Of a step of any length, read at two."""
         stepping = 0 if self._optimizer.in_backward else self._optimizer.step_bytes(self._parameters)
         resident = self._bytes() + self._optimizer.state_bytes(self._parameters)
-        return Schedule(resident, stepping, {n: self._run(n).events for n in READINGS})
+        return Schedule(resident, stepping, {n: self._run(n).events for n in (few, many)})
 
     def usage(self, seq: int) -> Usage:
         """A step of ``seq`` tokens per sequence."""
@@ -134,16 +147,18 @@ class Peer:
         self._model.zero_grad(set_to_none=True)
         return tracker
 
-    def _plain_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self._model.model(input_ids=ids).last_hidden_state
-        logits = self._model.lm_head(hidden).float()
-        del hidden
+    def _shifted_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._model(input_ids=ids).logits.float()
         shifted = logits[..., :-1, :].contiguous()
         return F.cross_entropy(shifted.flatten(0, 1), ids[:, 1:].flatten()), logits
 
+    def _own_loss(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self._model(input_ids=ids, labels=ids)
+        return out.loss, out.logits
+
     def _pieces_loss(self, ids: Tensor) -> tuple[Tensor, None]:
-        hidden = self._model.model(input_ids=ids).last_hidden_state[:, :-1]
-        return head_loss(hidden, ids[:, 1:], self._model.lm_head.weight) / ids.numel(), None
+        hidden = self._model.base_model(input_ids=ids).last_hidden_state[:, :-1]
+        return head_loss(hidden, ids[:, 1:], self._model.get_output_embeddings().weight) / ids.numel(), None
 
 
 def _apply(p: Tensor) -> None:

@@ -94,11 +94,12 @@ class Flash(torch.autograd.Function):
     accumulator of dq, the row sums, and where heads share keys and values, dk and dv for every head."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, lse)
-        _attend(q, k, 1.0)
+        ctx.causal = causal
+        _attend(q, k, 1.0, causal)
         return out
 
     @staticmethod
@@ -110,19 +111,19 @@ class Flash(torch.autograd.Function):
         if k.shape[1] != q.shape[1]:
             expanded = [torch.empty((*q.shape[:1], q.shape[1], *k.shape[2:]), dtype=k.dtype, device=k.device)] * 2
             del expanded
-        _attend(q, k, 2.5)
+        _attend(q, k, 2.5, ctx.causal)
         del accumulator, sums
-        return dq, dk, dv
+        return dq, dk, dv, None
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, times: float) -> None:
-    """Causal: half of the S x S products, forward 2 of them, backward 5."""
-    flops = times * 4.0 * q.numel() * k.shape[2] / 2
+def _attend(q: torch.Tensor, k: torch.Tensor, times: float, causal: bool) -> None:
+    """Forward 2 products of S x S, backward 5; half of each where causal."""
+    flops = times * 4.0 * q.numel() * k.shape[2] / (2 if causal else 1)
     for tracker in _active:
         tracker.spend(flops, times * 2.0 * (_nbytes(q) + _nbytes(k)), mixer=True)
 
 
 def flash(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **settings: Any) -> Any:
     """`Flash` as Hugging Face models call their attention."""
-    out: torch.Tensor = Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = Flash.apply(q, k, v, getattr(module, "is_causal", True))  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None

@@ -138,6 +138,36 @@ def test_unknown_keys_of_a_configuration_are_named(tmp_path: Path, capsys: pytes
     assert "unknown keys hiden_size for a llama configuration" in capsys.readouterr().err
 
 
+def test_unknown_keys_are_left_out_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**_TINY, "num_nextn_predict_layers": 1}), encoding="utf-8")
+    with pytest.raises(PlanError, match="unknown keys num_nextn_predict_layers .* --ignore-unknown"):
+        target_of(str(path))
+    assert target_of(str(path), ignore_unknown=True).config.hidden_size == 64
+
+
+def test_unknown_keys_of_a_part_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    settings = {"model_type": "llava", "text_config": {**_TINY, "hiden_size": 3}}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(PlanError, match="text_config: unknown keys hiden_size for a llama configuration"):
+        target_of(str(path))
+
+
+def test_no_sequence_is_longer_than_its_learned_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As GPT-2 is published; it warns once of its loss, which ends the first graph."""
+    path = tmp_path / "config.json"
+    settings = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_ctx": 1024}
+    path.write_text(json.dumps({**settings, "architectures": ["GPT2LMHeadModel"]}), encoding="utf-8")
+    wanted = ["plan", "--model", str(path), "--device", "a100-80g"]
+    assert _run(*wanted, "--seq", "1025") == 2
+    assert "learned positions for 1024 tokens, but --seq is 1025" in capsys.readouterr().err
+    assert _run(*wanted, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["longest"] for row in found["systems"]} == {1024}
+    assert any("1024 learned positions" in line for line in found["assumptions"])
+
+
 def test_a_published_configuration_is_understood(tmp_path: Path) -> None:
     """Older keys and those that say nothing of the model's sizes are no mistakes."""
     older = {"rope_theta": 500000, "rope_scaling": None, "torch_dtype": "bfloat16", "auto_map": {}, "made_by": "me"}

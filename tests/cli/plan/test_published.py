@@ -26,7 +26,7 @@ SETTING = Setting(A100, 1, torch.bfloat16, OPTIMIZERS["adamw-bf16-in-backward"])
 @cache
 def _peer(system: str) -> tuple[Peer, Schedule]:
     peer = Peer(system, target_of("llama3-8b").config, SETTING)
-    return peer, peer.schedule()
+    return peer, peer.schedule(1024, 4096)
 
 
 @pytest.mark.parametrize("system", list(PUBLISHED))

@@ -197,6 +197,21 @@ def test_one_mask_for_forward_and_backward_through_inductor() -> None:
     assert abs(measured - dot(gradients, direction)) < 1e-5 * abs(measured)
 
 
+@pytest.mark.parametrize(("budget", "drawn"), [(None, 0), ("1GiB", 4)])
+def test_under_a_budget_any_dropout_may_lie_in_a_loop(budget: str | None, drawn: int) -> None:
+    """The plan cuts what is left whole without one, so that no dropout may keep it from that."""
+    model = Layered().double()
+    leaves = dict(model.named_parameters())
+    loss, reference = gradients_of(seeded(model), leaves, given())
+    torch._dynamo.reset()
+    options = {"lower": "aot_eager", **({"memory_budget": budget} if budget else {})}
+    compiled = torch.compile(model, backend="mstc", options=options, fullgraph=True)
+    got, gradients = gradients_of(seeded(compiled), leaves, given())
+    assert len([e for e in mstc.reports()[-1].edits if e.pass_name == "draws"]) == drawn
+    torch.testing.assert_close(got, loss, rtol=1e-12, atol=0)
+    assert max(gradient_errors(gradients, reference).values()) < 1e-9
+
+
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_masks_do_not_depend_on_the_chunks() -> None:

@@ -147,10 +147,16 @@ def _peak(name: str, tokens: int) -> None:
     leaves = [t.requires_grad_() for t in tensors]
     out = form(*leaves)
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base + held
+    peak = _most_resident() - base + held
     multiple = peak / (held + out.nbytes)
     print(json.dumps({"system": name, "tokens": tokens, "peak_mb": peak / 2**20, "multiple": multiple}))
     del grads
+
+
+def _most_resident() -> int:
+    """The most bytes that this process has had in memory (`getrusage` would count those of the one that started it)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from mstc.compat.dynamo import (
 from mstc.compat.fakes import (
     FakeTensor,
     FakeTensorMode,
+    beside_real_tensors,
     fake_inputs,
     fake_mode_of,
     fake_mode_of_values,
@@ -59,6 +60,7 @@ __all__ = [
     "Traced",
     "allocating_by",
     "autograd_function_apply",
+    "beside_real_tensors",
     "capture",
     "compile_block",
     "compile_by_shape",

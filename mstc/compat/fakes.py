@@ -13,11 +13,12 @@ import torch
 import torch.fx as fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, fake_tensor_tls
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "beside_real_tensors",
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
@@ -60,6 +61,18 @@ def fake_inputs(placeholders: Sequence[fx.Node], inputs: Sequence[Any], mode: Fa
         else:
             fakes.append(node.meta.get("example_value", value))
     return fakes
+
+
+@contextlib.contextmanager
+def beside_real_tensors() -> Iterator[None]:
+    """Let fake tensors meet real ones: what a model makes of numbers (a list as an index) while Dynamo traces it on the
+    meta device stays real, and only this switch of the thread lets it through."""
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
 def symbolic_kernels(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:

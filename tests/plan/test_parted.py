@@ -15,15 +15,14 @@ from mstc.passes import memory_budget
 from mstc.passes.memory_budget import resident_of
 from mstc.plan.devices import local
 from mstc.plan.parted import Schedule, part, schedule_of
-from mstc.plan.solve import least_peak, solve
+from mstc.plan.solve import least_peak
 from mstc.plan.stages import Extra, as_read
-from testkit.allocator import measured_peak, predicted_mib
+from testkit.budgets import peaks_at
 from testkit.capture import normal_module
 from testkit.hf_models import config_of
 from testkit.shares import first_of
 from testkit.shrunk import from_settings, shrink
 
-MIB = 2**20
 TOKENS = 1024
 # Experts in one product and one by one, windows, scans written in ops, memories, biases of all pairs of tokens.
 KINDS = (
@@ -108,16 +107,7 @@ def test_the_stages_add_up_to_the_parted_graph(monkeypatch: pytest.MonkeyPatch) 
 def test_the_predicted_peak_is_measured(lower: str, kind: str) -> None:
     model, loss_fn = _training(kind)
     ids = torch.randint(0, 96, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-    draft = capture(loss_fn, [ids], local("cpu"), lower)
-    stages, resident = draft.stages(), resident_of(draft.step)
-    least, fastest = least_peak(stages, resident), solve(stages, resident)
-    assert fastest is not None
-    budget = int(1.03 * least.peak + 0.3 * max(fastest.peak - least.peak, 0))
-    torch._dynamo.reset()
-    options: dict[str, Any] = {"lower": lower, "memory_budget": budget}
-    fn = torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
-    fn(ids).backward()
-    peak = measured_peak(lambda: fn(ids).backward(), model) / MIB
-    found = (budget / MIB, predicted_mib(), peak, predicted_mib() / peak)
-    print(f"\n| {lower} | {kind} | " + " | ".join(f"{x:.3f}" for x in found) + " |")
-    assert predicted_mib() == pytest.approx(peak, rel=0.05)
+    found = peaks_at(0.3, loss_fn, ids, model, lower)
+    print(f"\n| {lower} | {kind} | " + " | ".join(f"{x:.3f}" for x in (*found, found[1] / found[2])) + " |")
+    _, predicted, peak = found
+    assert predicted == pytest.approx(peak, rel=0.05)

@@ -41,14 +41,15 @@ def head_loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Pieces(nn.Module):
-    """An MLP piece by piece, its outputs put together."""
+    """An MLP piece by piece, its outputs put together; a residual that it adds itself comes as another input."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.mlp = mlp
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.mlp(piece) for piece in torch.split(x, math.ceil(x.shape[1] / MLP_PIECES), 1)], 1)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        split = [torch.split(x, math.ceil(x.shape[1] / MLP_PIECES), 1) for x in inputs]
+        return torch.cat([self.mlp(*pieces) for pieces in zip(*split, strict=True)], 1)
 
 
 class _HeadPiece(torch.autograd.Function):

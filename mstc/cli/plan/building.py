@@ -71,9 +71,12 @@ def _made(config: Any, attention: str | None, device: str) -> Any:
     made = _class_of(config)
     try:
         with torch.device(device):
-            return made._from_config(config, attn_implementation=attention)
+            model = made._from_config(config, attn_implementation=attention)
     except Exception as e:  # whatever a model of this configuration raises
         raise PlanError(f"transformers makes no {made.__name__} of this configuration: {said(e)}") from e
+    if getattr(model, "loss_type", "") is None:
+        model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning that would end the graph
+    return model
 
 
 def _class_of(config: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mstc import compat
 from mstc.cli.plan.building import build, loss_of
 from mstc.cli.plan.layers import Layers, shortened
 from mstc.cli.plan.models import Target
@@ -139,13 +140,12 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any], device: Device,
             found.append(draft_of(form.gm, ctx, device))
         return gm.forward
 
-    for _ in range(2):  # a warning that a model gives only once ends a graph the first time
-        found.clear()
-        torch.compiler.reset()
+    torch.compiler.reset()
+    with compat.beside_real_tensors():
         torch.compile(function, backend=backend, dynamic=False)(*inputs)
-        if len(found) == 1:
-            return found[0]
-    raise PlanError(
-        f"the step was captured in {len(found)} graphs; plan a function that is one graph (`mstc dump` shows "
-        "where graphs end, and why)"
-    )
+    if len(found) != 1:
+        raise PlanError(
+            f"the step was captured in {len(found)} graphs; plan a function that is one graph (`mstc dump` shows "
+            "where graphs end, and why)"
+        )
+    return found[0]

@@ -9,8 +9,10 @@ import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlavaConfig, RobertaConfig, T5Config
 
 from mstc.cli.plan.building import build, is_causal, loss_of, positions_of
+from mstc.cli.plan.draft import capture
 from mstc.cli.plan.models import SHIPPED, target_of
 from mstc.errors import PlanError
+from mstc.plan.devices import device
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -48,7 +50,7 @@ def test_the_model_is_the_one_that_has_a_loss(config: Any, name: str, causal: bo
 
 def test_an_architecture_without_such_a_loss_is_refused() -> None:
     config = LlamaConfig(**_SMALL, architectures=["LlamaForSequenceClassification"])
-    with pytest.raises(PlanError, match=r"LlamaForSequenceClassification has no language-model loss .* FILE.py:FUNCTION"):
+    with pytest.raises(PlanError, match=r"SequenceClassification has no language-model loss .* FILE.py:FUNCTION"):
         positions_of(config)
 
 
@@ -66,3 +68,14 @@ def test_shipped_configurations_are_models_of_their_size(name: str) -> None:
     assert target.positions is None
     model = build(target.config, torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions[name], abs=0.01)
+
+
+def test_lists_as_indices_and_numbers_as_tensors_are_captured() -> None:
+    """As Falcon splits queries from keys and GPT-Neo fills in masks."""
+
+    def loss_fn(x: torch.Tensor) -> torch.Tensor:
+        least = torch.tensor(0.0, dtype=x.dtype, device=x.device)
+        return torch.where(x[:, [-1]] > 0, x, least).sum()
+
+    x = torch.zeros(64, 8, device="meta", requires_grad=True)
+    assert capture(loss_fn, [x], device("a100-80g")).step.calls

@@ -155,7 +155,7 @@ def test_unknown_keys_of_a_part_are_named(tmp_path: Path) -> None:
 
 
 def test_no_sequence_is_longer_than_its_learned_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As GPT-2 is published; it warns once of its loss, which ends the first graph."""
+    """As GPT-2 is published, of whose loss transformers would warn, which ends graphs."""
     path = tmp_path / "config.json"
     settings = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_ctx": 1024}
     path.write_text(json.dumps({**settings, "architectures": ["GPT2LMHeadModel"]}), encoding="utf-8")

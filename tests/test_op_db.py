@@ -21,6 +21,7 @@ from torch.testing._internal.opinfo.core import UnaryUfuncInfo
 from torch.utils import _pytree as pytree
 
 from testkit.exactness import BOUNDS, gradient_errors
+from testkit.shares import every
 
 DTYPE = torch.float64
 OPTIONS = {"lower": "aot_eager", "mini_sequence": {"chunk_tokens": 2}, "lm_head": {"chunk_tokens": 2}}
@@ -143,8 +144,8 @@ def check(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> 
 OPS = [op for op in op_db if DTYPE in op.dtypes and op.supports_autograd and op.name not in NO_REFERENCE]
 
 
-def named(ops: Sequence[Any]) -> list[Any]:
-    return [pytest.param(op, id=f"{op.name}-{op.variant_test_name}".strip("-")) for op in ops]
+def name_of(op: Any) -> str:
+    return f"{op.name}-{op.variant_test_name}".strip("-")
 
 
 def check_samples(op: Any, most: int) -> None:
@@ -163,12 +164,12 @@ def check_samples(op: Any, most: int) -> None:
         pytest.skip(f"no sample of {op.name}: {reason}")
 
 
-@pytest.mark.parametrize("op", named(OPS))
+@pytest.mark.parametrize("op", every(3, OPS), ids=map(name_of, OPS))
 def test_an_op_among_products(op: Any) -> None:
     check_samples(op, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", named(OPS))
+@pytest.mark.parametrize("op", OPS, ids=name_of)
 def test_more_samples_of_an_op_among_products(op: Any) -> None:
     check_samples(op, SAMPLES)

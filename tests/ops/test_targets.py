@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from testkit.exactness import Comparison, chunked, compare, loops_of
+from testkit.shares import every
 from testkit.tiny import Tiny, inputs
 
 CLASSES, BATCH, LENGTH = 97, 2, 23
@@ -108,7 +109,7 @@ def test_in_chunks(name: str) -> None:
     assert not wide, wide
 
 
-@pytest.mark.parametrize("name", ["the same, flattened", "of flattened tokens", "straight through"])
+@pytest.mark.parametrize("name", every(2, ["the same, flattened", "of flattened tokens", "straight through"]))
 def test_through_inductor(name: str) -> None:
     run((TARGETS | READS | SOFT)[name], "inductor")
 

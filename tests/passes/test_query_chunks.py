@@ -357,13 +357,15 @@ def test_dropout_of_the_weights_through_inductor_keeps_nothing_square() -> None:
     leaves = qkv()
     inputs = list(leaves.values())
     results = []
-    for seed, length in ((5, 7), (5, 11), (6, 7)):
+    for length in (7, 11):
         torch._dynamo.reset()
         compiled = torch.compile(nano_gpt_dropped, backend="mstc", options=options(length, lower="inductor"))
-        torch.manual_seed(seed)
+        torch.manual_seed(5)
         with lowered_graphs() as graphs:
             results.append(gradients_of(compiled, leaves, inputs))
         assert wide(graphs[0]) == []
+    torch.manual_seed(6)
+    results.append(gradients_of(compiled, leaves, inputs))
     (one, _), (same, _), (other, _) = results
     torch.testing.assert_close(one, same, rtol=1e-12, atol=0)
     assert not torch.equal(one, other)

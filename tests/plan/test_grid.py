@@ -12,6 +12,7 @@ import torch
 
 from testkit.budgets import peaks_at
 from testkit.hf_models import FOR_PEAKS, in_training
+from testkit.shares import first_of
 
 MODELS = ("llama", "qwen2", "phi3", "olmo2")
 LENGTHS = (1024, 2048, 4096)
@@ -34,7 +35,7 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("kind", "length", "share"), POINTS)
-@pytest.mark.parametrize("lower", LOWERS)
+@pytest.mark.parametrize("lower", first_of(LOWERS, ["inductor"]))
 def test_the_predicted_peak_is_measured(lower: str, kind: str, length: int, share: float) -> None:
     model, loss_fn = in_training(kind, **FOR_PEAKS)
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))

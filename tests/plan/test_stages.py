@@ -16,6 +16,7 @@ from mstc.plan.memory import simulate
 from mstc.plan.solve import frontier, solve
 from mstc.plan.stages import Levers, stages_of
 from testkit.hf_models import in_training
+from testkit.shares import first_of
 from testkit.stacks import WIRINGS, AttentionResidual, Stack
 
 _SIZES: dict[str, Any] = {
@@ -46,7 +47,7 @@ def _wired(kind: str) -> Draft:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "phi3", *WIRINGS, "residual"])
+@pytest.mark.parametrize("kind", first_of(["llama", "phi3", *WIRINGS, "residual"], ["llama", "keys", "residual"]))
 def test_what_the_solver_promises_is_what_the_schedule_holds(kind: str, offload: bool) -> None:
     """Also where layers read more than the one before them."""
     draft = _wired(kind) if kind in WIRINGS or kind == "residual" else _draft(kind)

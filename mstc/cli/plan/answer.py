@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mstc.cli.plan.building import eager_attention, is_causal
 from mstc.cli.plan.draft import Planned, plan_for
 from mstc.cli.plan.models import Target
 from mstc.cli.plan.peers import SYSTEMS, Peer, readings_for, systems_for
@@ -206,13 +207,27 @@ def _assumptions(target: Target, setting: Setting) -> list[str]:
         "PyTorch's allocator, of the eager systems",
         f"time: {device.reached:.0%} of peak in large products, {device.copies:.0%} of bandwidth, "
         f"{device.launch * 1e6:.0f} us per kernel ({'calibrated' if device.name == 'cpu' else 'assumed'})",
-        "plain, checkpointing, Mini-Sequence: eager PyTorch, FlashAttention-2, float32 logits with a shifted copy, "
-        "as in transformers 4.4x; MLP in 8 pieces, head in 16 (its logits computed again), as in its published code",
+        *_of_systems(target),
         "mstc: gradients are held to the end of the backward under every optimizer",
         f"mstc, offloading: activations only, over a link of {device.link / 1e9:.0f} GB/s each way beside computation, "
         "into as much host memory as needed; parameters, gradients and optimizer state stay",
         *_of_positions(target),
         *(f"{what}: {source}" for what, source in device.sources.items()),
+    ]
+
+
+def _of_systems(target: Target) -> list[str]:
+    if target.config is None:
+        return []
+    attention = eager_attention(target.config, "FlashAttention-2")
+    if attention is None:
+        return ["other systems: not shown, since nothing can stand in for FlashAttention in this model's code"]
+    attention = "attention written out as the model has it" if attention == "eager" else attention
+    if not is_causal(target.config):
+        return [f"plain, checkpointing: eager PyTorch, {attention}, the model's own loss"]
+    return [
+        f"plain, checkpointing, Mini-Sequence: eager PyTorch, {attention}, float32 logits with a shifted copy, "
+        "as in transformers 4.4x; MLP in 8 pieces, head in 16 (its logits computed again), as in its published code"
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mstc.cli.target import said
 from mstc.errors import PlanError
 
-__all__ = ["build", "is_causal", "loss_of", "positions_of"]
+__all__ = ["build", "eager_attention", "is_causal", "loss_of", "positions_of"]
 
 _UNBOUNDED = 1 << 24  # positions of a model that has no table of them: beyond any length that is planned
 
@@ -39,6 +39,15 @@ def is_causal(config: Any) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return _class_of(config) in _of(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+
+
+def eager_attention(config: Any, flash: str) -> str | None:
+    """What attends in eager PyTorch: ``flash``, a stand-in for FlashAttention, where the model runs with that; "eager"
+    where it has only its own, written out; None where its code names FlashAttention, so that nothing can stand in."""
+    made = _class_of(config)
+    if made._supports_attention_backend:
+        return flash
+    return None if made._supports_flash_attn else "eager"
 
 
 def positions_of(config: Any) -> int | None:

@@ -3,7 +3,7 @@
 plain: the model as it is. checkpointing: every layer runs again in its backward. mini-sequence: as
 `mstc.cli.bench.mini_sequence` has it. The head and loss of the other two are those of Hugging Face transformers at the
 time: logits in float32, a shifted copy of them, and the logits held by the model's output through the backward.
-Attention is FlashAttention-2.
+Attention is FlashAttention-2 where the model has it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from torch.nn import functional as F
 from mstc.cli.bench.mini_sequence import cut_mlps, head_loss
 from mstc.cli.bench.models import checkpoint_layers
 from mstc.cli.plan.blocks import fits
-from mstc.cli.plan.building import build, is_causal
+from mstc.cli.plan.building import build, eager_attention, is_causal
 from mstc.cli.plan.models import Target
 from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.tracker import Tracker, flash
 
+FLASH = "mstc_tracked"  # the name of `flash` among the attentions of transformers
 SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": "Mini-Sequence (published)"}
 
 
 def systems_for(target: Target) -> tuple[str, ...]:
-    """The systems that run the target: those of configurations, and Mini-Sequence those whose head is one matrix on
-    the last hidden state."""
-    if target.config is None:
+    """The systems that run the target: those of configurations whose attention is known, and Mini-Sequence those whose
+    head is one matrix on the last hidden state."""
+    if target.config is None or eager_attention(target.config, FLASH) is None:
         return ()
     return tuple(SYSTEMS) if is_causal(target.config) else ("plain", "checkpointing")
 
@@ -97,8 +98,8 @@ class Peer:
     def __init__(self, system: str, config: Any, setting: Setting) -> None:
         from transformers import AttentionInterface
 
-        AttentionInterface.register("mstc_tracked", flash)
-        self._model = build(config, setting.dtype, "mstc_tracked")
+        AttentionInterface.register(FLASH, flash)
+        self._model = build(config, setting.dtype, eager_attention(config, FLASH))
         self._setting, self._optimizer = setting, setting.optimizer
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._loss: Callable[[Tensor], Any] = self._shifted_loss if is_causal(config) else self._own_loss

@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig, LlavaConfig, RobertaConfig, T5Config
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    RobertaConfig,
+    T5Config,
+)
 
-from mstc.cli.plan.building import build, is_causal, loss_of, positions_of
+from mstc.cli.plan.building import build, eager_attention, is_causal, loss_of, positions_of
 from mstc.cli.plan.draft import capture
-from mstc.cli.plan.models import SHIPPED, target_of
+from mstc.cli.plan.models import SHIPPED, Target, target_of
+from mstc.cli.plan.peers import systems_for
 from mstc.errors import PlanError
 from mstc.plan.devices import device
 
@@ -46,6 +56,14 @@ def test_the_model_is_the_one_that_has_a_loss(config: Any, name: str, causal: bo
     assert is_causal(config) == causal
     assert positions_of(config) == positions
     assert loss_of(model)(torch.ones(1, 8, dtype=torch.long)).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"), [(LlamaConfig(), "flash"), (BloomConfig(), "eager"), (FalconConfig(), None)]
+)
+def test_what_attends_in_eager_pytorch(config: Any, attention: str | None) -> None:
+    assert eager_attention(config, "flash") == attention
+    assert bool(systems_for(Target("tiny", config))) == (attention is not None)
 
 
 def test_an_architecture_without_such_a_loss_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import click
@@ -69,7 +70,9 @@ def plan(
         raise click.UsageError("--batch and --dtype are of configurations; FILE.py:FUNCTION sets both itself")
     target = target_of(model, ignore_unknown)
     setting = Setting(device_of(device_name), batch, DTYPES[dtype], OPTIMIZERS[optimizer])
-    with make_progress(make_console(stderr=True)) as progress:
+    with make_progress(make_console(stderr=True)) as progress, warnings.catch_warnings():
+        # Composed ops have no derivative on the meta device; what they are composed of has one.
+        warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered", category=UserWarning)
         task = progress.add_task("", total=steps_of(target), completed=-1)
 
         def tell(doing: str) -> None:

@@ -48,7 +48,7 @@ class Planned:
         """The stages at a length, those of the layers that were not captured filled in."""
         step, extras = self.growing.at(tokens), self.growing.extras_at(tokens)
         stages = stages_of(step, self.device, self.dtype, levers, extras)
-        return stages if self.layers is None else _filled(stages, self.layers)
+        return _filled(stages, self.layers) if self.layers is not None and self.layers.missing else stages
 
     @property
     def resident(self) -> int:

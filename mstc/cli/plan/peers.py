@@ -8,8 +8,10 @@ Attention is FlashAttention-2 where the model has it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -36,10 +38,10 @@ def systems_for(target: Target) -> tuple[str, ...]:
     return tuple(SYSTEMS) if is_causal(target.config) else ("plain", "checkpointing")
 
 
-def readings_for(target: Target) -> tuple[int, int]:
-    """The tokens at which a schedule is read; pieces of both are even."""
+def readings_for(target: Target) -> tuple[int, int, int]:
+    """The tokens at which a schedule is read; pieces of all are even."""
     short = 1024 if target.positions is None else min(1024, target.positions // 64 * 16)
-    return short, 4 * short
+    return short, 2 * short, 4 * short
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a step makes and frees, in order, for any length: sizes follow the tokens, and their order does not.
+    """What a step makes and frees, in order, for any length: sizes are polynomials of the second degree in the tokens
+    (scores of all pairs), and their order does not change.
 
     resident: bytes that rest between steps; stepping: those that the optimizer takes beside what the step leaves;
-    readings: events (as `Tracker.events`) by the tokens at which they were read.
+    readings: events (as `Tracker.events`) by the three lengths at which they were read.
     """
 
     resident: int
@@ -67,13 +70,16 @@ class Schedule:
     readings: Mapping[int, Sequence[tuple[int, int]]]
 
     def __post_init__(self) -> None:
-        few, many = self.readings.values()
-        assert len(few) == len(many), "what a step makes and frees depends on its length"
+        counts = {len(events) for events in self.readings.values()}
+        assert len(self.readings) == 3 and len(counts) == 1, "what a step makes and frees depends on its length"
 
     def events(self, tokens: int) -> list[tuple[int, int]]:
         """The events of a step of so many tokens per sequence."""
-        (a, few), (b, many) = self.readings.items()
-        return [(name, x + (y - x) * (tokens - a) // (b - a)) for (name, x), (_, y) in zip(few, many, strict=True)]
+        weights, divisor = _interpolation(tuple(self.readings), tokens)
+        return [
+            (several[0][0], sum(w * size for w, (_, size) in zip(weights, several, strict=True)) // divisor)
+            for several in zip(*self.readings.values(), strict=True)
+        ]
 
     def peak(self, tokens: int) -> int:
         live = most = 0
@@ -109,11 +115,11 @@ class Peer:
             cut_mlps(self._model)
             self._loss = self._pieces_loss
 
-    def schedule(self, few: int, many: int) -> Schedule:
-        """Of a step of any length, read at two."""
+    def schedule(self, *readings: int) -> Schedule:
+        """Of a step of any length, read at three."""
         stepping = 0 if self._optimizer.in_backward else self._optimizer.step_bytes(self._parameters)
         resident = self._bytes() + self._optimizer.state_bytes(self._parameters)
-        return Schedule(resident, stepping, {n: self._run(n).events for n in (few, many)})
+        return Schedule(resident, stepping, {n: self._run(n).events for n in readings})
 
     def usage(self, seq: int) -> Usage:
         """A step of ``seq`` tokens per sequence."""
@@ -160,6 +166,14 @@ class Peer:
     def _pieces_loss(self, ids: Tensor) -> tuple[Tensor, None]:
         hidden = self._model.base_model(input_ids=ids).last_hidden_state[:, :-1]
         return head_loss(hidden, ids[:, 1:], self._model.get_output_embeddings().weight) / ids.numel(), None
+
+
+def _interpolation(known: Sequence[int], wanted: int) -> tuple[list[int], int]:
+    """What values at the ``known`` points are multiplied by, and their sum divided by, to be that of the parabola
+    through them at another (Lagrange)."""
+    exact = [math.prod(Fraction(wanted - b, a - b) for b in known if b != a) for a in known]
+    divisor = math.lcm(*(w.denominator for w in exact))
+    return [int(w * divisor) for w in exact], divisor
 
 
 def _apply(p: Tensor) -> None:

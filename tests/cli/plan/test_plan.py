@@ -168,6 +168,19 @@ def test_no_sequence_is_longer_than_its_learned_positions(tmp_path: Path, capsys
     assert any("1024 learned positions" in line for line in found["assumptions"])
 
 
+def test_an_encoder_decoder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its layers stand in two lists, of equal numbers; Mini-Sequence's code has no head for it."""
+    path = tmp_path / "config.json"
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
+    settings = {"model_type": "t5", **sizes, "decoder_start_token_id": 0, "n_positions": 512, "dropout_rate": 0.0}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert _run("plan", "--model", str(path), "--device", "a100-80g", "--seq", "4096", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    peaks = {row["system"]: row["peak"] for row in found["systems"]}
+    assert list(peaks) == ["plain", "checkpointing", "mstc", "mstc, offloading"]
+    assert peaks["mstc"] < peaks["plain"]
+
+
 def test_a_published_configuration_is_understood(tmp_path: Path) -> None:
     """Older keys and those that say nothing of the model's sizes are no mistakes."""
     older = {"rope_theta": 500000, "rope_scaling": None, "torch_dtype": "bfloat16", "auto_map": {}, "made_by": "me"}

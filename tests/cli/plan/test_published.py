@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import BloomConfig
 
 from mstc.cli.plan.answer import longest_in_blocks, longest_of
 from mstc.cli.plan.models import target_of
@@ -26,7 +27,7 @@ SETTING = Setting(A100, 1, torch.bfloat16, OPTIMIZERS["adamw-bf16-in-backward"])
 @cache
 def _peer(system: str) -> tuple[Peer, Schedule]:
     peer = Peer(system, target_of("llama3-8b").config, SETTING)
-    return peer, peer.schedule(1024, 4096)
+    return peer, peer.schedule(1024, 2048, 4096)
 
 
 @pytest.mark.parametrize("system", list(PUBLISHED))
@@ -47,4 +48,10 @@ def test_the_published_length_fills_the_device(system: str) -> None:
 
 def test_a_schedule_is_that_of_the_step_at_any_length() -> None:
     peer, schedule = _peer("mini-sequence")
-    assert schedule.peak(2048) == peer.usage(2048).peak
+    assert schedule.peak(3072) == peer.usage(3072).peak
+
+
+@pytest.mark.parametrize("system", ["plain", "mini-sequence"])
+def test_so_it_is_where_scores_of_all_pairs_are_written_out(system: str) -> None:
+    peer = Peer(system, BloomConfig(hidden_size=32, n_head=2, n_layer=2, vocab_size=100), SETTING)
+    assert peer.schedule(128, 256, 512).peak(2048) == peer.usage(2048).peak

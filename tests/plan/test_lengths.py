@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mstc.cli.plan.building import build, loss_of
 from mstc.cli.plan.draft import Planned, capture, plan_for
 from mstc.cli.plan.layers import Layers
 from mstc.cli.plan.models import Target
@@ -172,8 +173,6 @@ def test_layers_filled_in_are_those_of_the_whole_model() -> None:
     setting = Setting(A100, 1, torch.bfloat16, OPTIMIZERS["adamw-bf16"])
     planned = plan_for(Target("tiny", config), setting, 2048)
     assert planned.layers == Layers(12, 6, 3)
-
-    from mstc.cli.plan.models import build, loss_of
 
     ids = torch.zeros(1, 2048, dtype=torch.long, device="meta")
     whole = capture(loss_of(build(config, torch.bfloat16)), [ids], A100)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -143,20 +142,21 @@ def _peak(name: str, tokens: int) -> None:
     form, tensors = case(name, Sizes(tokens))
     make_step(*case(name, Sizes(600)))()
     held = sum(t.nbytes for t in tensors)
-    base = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+    base = _resident("VmRSS")
     leaves = [t.requires_grad_() for t in tensors]
     out = form(*leaves)
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-    peak = _most_resident() - base + held
+    peak = _resident("VmHWM") - base + held
     multiple = peak / (held + out.nbytes)
     print(json.dumps({"system": name, "tokens": tokens, "peak_mb": peak / 2**20, "multiple": multiple}))
     del grads
 
 
-def _most_resident() -> int:
-    """The most bytes that this process has had in memory (`getrusage` would count those of the one that started it)."""
+def _resident(key: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS"), or the most so far ("VmHWM"; `getrusage` would count those of the
+    process that started it)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,8 +5,6 @@ A small part runs in CI; the rest is slow, and its table stands in docs/benchmar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -27,11 +25,7 @@ POINTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("kind", "length", "share"), POINTS)
@@ -39,7 +33,5 @@ def _fresh() -> Iterator[None]:
 def test_the_predicted_peak_is_measured(lower: str, kind: str, length: int, share: float) -> None:
     model, loss_fn = in_training(kind, **FOR_PEAKS)
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(0))
-    found = peaks_at(share, loss_fn, ids, model, lower)
-    print(f"\n| {lower} | {kind} | {length} | " + " | ".join(f"{x:.3f}" for x in (*found, found[1] / found[2])) + " |")
-    _, predicted, peak = found
+    predicted, peak = peaks_at(share, loss_fn, ids, model, lower, f"{kind} | {length}")
     assert predicted == pytest.approx(peak, rel=0.05)

@@ -107,7 +107,5 @@ def test_the_stages_add_up_to_the_parted_graph(monkeypatch: pytest.MonkeyPatch) 
 def test_the_predicted_peak_is_measured(lower: str, kind: str) -> None:
     model, loss_fn = _training(kind)
     ids = torch.randint(0, 96, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-    found = peaks_at(0.3, loss_fn, ids, model, lower)
-    print(f"\n| {lower} | {kind} | " + " | ".join(f"{x:.3f}" for x in (*found, found[1] / found[2])) + " |")
-    _, predicted, peak = found
+    predicted, peak = peaks_at(0.3, loss_fn, ids, model, lower, kind)
     assert predicted == pytest.approx(peak, rel=0.05)

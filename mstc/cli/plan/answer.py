@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mstc.cli.plan.building import eager_attention, is_causal
+from mstc.cli.plan.building import eager_attention
 from mstc.cli.plan.draft import Planned, plan_for
 from mstc.cli.plan.models import Target
-from mstc.cli.plan.peers import SYSTEMS, Peer, readings_for, systems_for
+from mstc.cli.plan.peers import FLASH, SYSTEMS, Peer, readings_for, systems_for
 from mstc.cli.plan.setting import Setting
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
@@ -219,11 +219,12 @@ def _assumptions(target: Target, setting: Setting) -> list[str]:
 def _of_systems(target: Target) -> list[str]:
     if target.config is None:
         return []
-    attention = eager_attention(target.config, "FlashAttention-2")
-    if attention is None:
+    systems = systems_for(target)
+    if not systems:
         return ["other systems: not shown, since nothing can stand in for FlashAttention in this model's code"]
-    attention = "attention written out as the model has it" if attention == "eager" else attention
-    if not is_causal(target.config):
+    written = eager_attention(target.config, FLASH) != FLASH
+    attention = "attention written out as the model has it" if written else "FlashAttention-2"
+    if "mini-sequence" not in systems:
         return [f"plain, checkpointing: eager PyTorch, {attention}, the model's own loss"]
     return [
         f"plain, checkpointing, Mini-Sequence: eager PyTorch, {attention}, float32 logits with a shifted copy, "

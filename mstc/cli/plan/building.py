@@ -12,16 +12,13 @@ from torch import Tensor
 from mstc.cli.target import said
 from mstc.errors import PlanError
 
-__all__ = ["build", "eager_attention", "is_causal", "loss_of", "positions_of"]
-
-_UNBOUNDED = 1 << 24  # positions of a model that has no table of them: beyond any length that is planned
+__all__ = ["build", "eager_attention", "is_causal", "loss_of", "positions_of", "with_positions"]
 
 
 def build(config: Any, dtype: torch.dtype, attention: str | None = None, device: str = "meta") -> Any:
     """The model on a device, in training mode; attention: by the name that transformers has for it, None: the best that
     it has for this model. Raises `PlanError` where transformers makes no such model of the configuration."""
-    positions = _with_positions(config, _UNBOUNDED) if positions_of(config) is None else config
-    return _made(positions, attention, device).to(dtype).train()
+    return _made(config, attention, device).to(dtype).train()
 
 
 def loss_of(model: Any) -> Callable[[Tensor], Tensor]:
@@ -52,31 +49,29 @@ def eager_attention(config: Any, flash: str) -> str | None:
 
 def positions_of(config: Any) -> int | None:
     """For how many tokens the model has learned positions; None where it has no table of them."""
-    given = getattr(_text(config), "max_position_embeddings", None)
+    given = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(given, int):
         return None
-    sizes = {n: _parameters(_made(_with_positions(config, n), None, "meta")) for n in (given, given + 64)}
+    sizes = {n: _parameters(_made(with_positions(config, n), None, "meta")) for n in (given, given + 64)}
     return given if sizes[given] != sizes[given + 64] else None
+
+
+def with_positions(config: Any, positions: int) -> Any:
+    """The configuration with so many positions, where it tells a number of them."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    if hasattr(text, "max_position_embeddings"):
+        text.max_position_embeddings = positions
+    return changed
 
 
 def _parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _text(config: Any) -> Any:
-    return config.get_text_config()
-
-
-def _with_positions(config: Any, positions: int) -> Any:
-    changed = copy.deepcopy(config)
-    if hasattr(_text(changed), "max_position_embeddings"):
-        _text(changed).max_position_embeddings = positions
-    return changed
-
-
 def _made(config: Any, attention: str | None, device: str) -> Any:
     config = copy.deepcopy(config)
-    config.use_cache = _text(config).use_cache = False
+    config.use_cache = config.get_text_config().use_cache = False
     made = _class_of(config)
     try:
         with torch.device(device):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mstc.cli.plan.building import positions_of
+from mstc.cli.plan.building import positions_of, with_positions
 from mstc.cli.target import call_of, said
 from mstc.errors import PlanError
 
@@ -21,6 +21,7 @@ SHIPPED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("models
 
 # Keys that transformers converts to newer ones, or no longer reads.
 _OLDER = ("rope_theta", "rope_scaling", "torch_dtype", "n_ctx", "n_positions", "seq_length", "pretraining_tp")
+_UNBOUNDED = 1 << 24  # positions of a model that has no table of them: beyond any length that is planned
 _NEARLY = 0.85  # of difflib's ratio: "hiden_size" and "hidden_size" have 0.95, "torch_dtype" and "dtype" 0.63
 
 
@@ -84,7 +85,8 @@ def target_of(name: str, ignore_unknown: bool = False) -> Target:
 
 def _of_config(name: str, settings: Mapping[str, Any], source: str, ignore_unknown: bool) -> Target:
     config = _config(settings, source, ignore_unknown)
-    return Target(name, config, positions=positions_of(config))
+    positions = positions_of(config)
+    return Target(name, config if positions else with_positions(config, _UNBOUNDED), positions=positions)
 
 
 def _config(settings: Mapping[str, Any], source: str, ignore_unknown: bool) -> Any:

@@ -8,10 +8,8 @@ Attention is FlashAttention-2 where the model has it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from mstc.cli.plan.building import build, eager_attention, is_causal
 from mstc.cli.plan.models import Target
 from mstc.cli.plan.setting import Setting
 from mstc.cli.plan.tracker import Tracker, flash
+from mstc.plan.lengths import polynomial
 
 FLASH = "mstc_tracked"  # the name of `flash` among the attentions of transformers
 SYSTEMS = {"plain": "plain", "checkpointing": "checkpointing", "mini-sequence": "Mini-Sequence (published)"}
@@ -75,11 +74,11 @@ class Schedule:
 
     def events(self, tokens: int) -> list[tuple[int, int]]:
         """The events of a step of so many tokens per sequence."""
-        weights, divisor = _interpolation(tuple(self.readings), tokens)
-        return [
-            (several[0][0], sum(w * size for w, (_, size) in zip(weights, several, strict=True)) // divisor)
-            for several in zip(*self.readings.values(), strict=True)
-        ]
+        known = tuple(self.readings)
+        names = [name for name, _ in self.readings[known[0]]]
+        sizes = list(zip(*([size for _, size in events] for events in self.readings.values()), strict=True))
+        there = {each: int(polynomial(known, each).eval(tokens)) for each in set(sizes)}
+        return [(name, there[each]) for name, each in zip(names, sizes, strict=True)]
 
     def peak(self, tokens: int) -> int:
         live = most = 0
@@ -166,14 +165,6 @@ class Peer:
     def _pieces_loss(self, ids: Tensor) -> tuple[Tensor, None]:
         hidden = self._model.base_model(input_ids=ids).last_hidden_state[:, :-1]
         return head_loss(hidden, ids[:, 1:], self._model.get_output_embeddings().weight) / ids.numel(), None
-
-
-def _interpolation(known: Sequence[int], wanted: int) -> tuple[list[int], int]:
-    """What values at the ``known`` points are multiplied by, and their sum divided by, to be that of the parabola
-    through them at another (Lagrange)."""
-    exact = [math.prod(Fraction(wanted - b, a - b) for b in known if b != a) for a in known]
-    divisor = math.lcm(*(w.denominator for w in exact))
-    return [int(w * divisor) for w in exact], divisor
 
 
 def _apply(p: Tensor) -> None:

@@ -29,11 +29,15 @@ def _run(*args: str) -> int:
     return int(ended.value.code or 0)
 
 
+def _written(folder: Path, settings: dict[str, Any]) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(_TINY), encoding="utf-8")
-    return path
+    return _written(tmp_path, _TINY)
 
 
 def test_the_systems_stand_side_by_side(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,33 +136,29 @@ def test_a_function_that_cannot_be_planned(
 
 
 def test_unknown_keys_of_a_configuration_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**_TINY, "hiden_size": 3}), encoding="utf-8")
+    path = _written(tmp_path, {**_TINY, "hiden_size": 3})
     assert _run("plan", "--model", str(path), "--device", "a100-80g") == 2
     assert "unknown keys hiden_size for a llama configuration" in capsys.readouterr().err
 
 
 def test_unknown_keys_are_left_out_on_demand(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**_TINY, "num_nextn_predict_layers": 1}), encoding="utf-8")
+    path = _written(tmp_path, {**_TINY, "num_nextn_predict_layers": 1})
     with pytest.raises(PlanError, match="unknown keys num_nextn_predict_layers .* --ignore-unknown"):
         target_of(str(path))
     assert target_of(str(path), ignore_unknown=True).config.hidden_size == 64
 
 
 def test_unknown_keys_of_a_part_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
     settings = {"model_type": "llava", "text_config": {**_TINY, "hiden_size": 3}}
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = _written(tmp_path, settings)
     with pytest.raises(PlanError, match="text_config: unknown keys hiden_size for a llama configuration"):
         target_of(str(path))
 
 
 def test_no_sequence_is_longer_than_its_learned_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As GPT-2 is published, of whose loss transformers would warn, which ends graphs."""
-    path = tmp_path / "config.json"
     settings = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_ctx": 1024}
-    path.write_text(json.dumps({**settings, "architectures": ["GPT2LMHeadModel"]}), encoding="utf-8")
+    path = _written(tmp_path, {**settings, "architectures": ["GPT2LMHeadModel"]})
     wanted = ["plan", "--model", str(path), "--device", "a100-80g"]
     assert _run(*wanted, "--seq", "1025") == 2
     assert "learned positions for 1024 tokens, but --seq is 1025" in capsys.readouterr().err
@@ -170,10 +170,9 @@ def test_no_sequence_is_longer_than_its_learned_positions(tmp_path: Path, capsys
 
 def test_an_encoder_decoder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its layers stand in two lists, of equal numbers; Mini-Sequence's code has no head for it."""
-    path = tmp_path / "config.json"
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
     settings = {"model_type": "t5", **sizes, "decoder_start_token_id": 0, "n_positions": 512, "dropout_rate": 0.0}
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = _written(tmp_path, settings)
     assert _run("plan", "--model", str(path), "--device", "a100-80g", "--seq", "4096", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     peaks = {row["system"]: row["peak"] for row in found["systems"]}
@@ -184,8 +183,7 @@ def test_an_encoder_decoder_is_planned(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_published_configuration_is_understood(tmp_path: Path) -> None:
     """Older keys and those that say nothing of the model's sizes are no mistakes."""
     older = {"rope_theta": 500000, "rope_scaling": None, "torch_dtype": "bfloat16", "auto_map": {}, "made_by": "me"}
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**_TINY, **older}), encoding="utf-8")
+    path = _written(tmp_path, {**_TINY, **older})
     assert target_of(str(path)).config.rope_parameters["rope_theta"] == 500000
 
 

@@ -20,9 +20,9 @@ MIB = 2**20
 
 
 def peaks_at(
-    share: float, loss_fn: Callable[[Tensor], Tensor], ids: Tensor, model: nn.Module, lower: str
-) -> tuple[float, float, float]:
-    """The budget, the peak that the plan tells and the one measured, in MiB.
+    share: float, loss_fn: Callable[[Tensor], Tensor], ids: Tensor, model: nn.Module, lower: str, label: str
+) -> tuple[float, float]:
+    """The peak that the plan tells and the one measured, in MiB; printed behind the budget, as a row of a table.
 
     share: of the way from the least peak (the graph itself holds a little more than the plan adds up: 3% above it) to
     the fastest plan's.
@@ -36,4 +36,7 @@ def peaks_at(
     options: dict[str, Any] = {"lower": lower, "memory_budget": budget}
     fn = torch.compile(loss_fn, backend="mstc", options=options, dynamic=False)
     fn(ids).backward()
-    return budget / MIB, predicted_mib(), measured_peak(lambda: fn(ids).backward(), model) / MIB
+    predicted, peak = predicted_mib(), measured_peak(lambda: fn(ids).backward(), model) / MIB
+    figures = " | ".join(f"{x:.3f}" for x in (budget / MIB, predicted, peak, predicted / peak))
+    print(f"\n| {lower} | {label} | {figures} |")
+    return predicted, peak

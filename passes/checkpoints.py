@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
+from mstc.graph.attention import attention_in
 from mstc.graph.editor import Editor
 from mstc.passes.base import Context, Pass
-from mstc.plan.calls import ATTENTION
 from mstc.report import Fidelity
 
 
@@ -31,7 +31,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[CheckpointSite]:
     if ctx.options.keeps_checkpoints:
         return
     taken = set().union(*ctx.facts.get("checkpoints", {}).values())
-    for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
+    for node in attention_in(gm.graph):
         if node.meta.get("recompute") and (node.meta["ac_graph_id"] in taken or ctx.chosen or ctx.planning):
             yield CheckpointSite(node)
 

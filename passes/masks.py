@@ -6,10 +6,11 @@ one element of the mask symbolically (`mstc.graph.predicates`), so the proof cos
 
     mask(b, h, i, j)  <=>  j <= i            rewritten: no mask, is_causal=True
     mask(b, h, i, j)  <=>  true              rewritten: no mask
-    windows, documents, padding              recorded as a `MaskFact` for later passes; the mask stays
+    mask(b, h, i, j)  <=>  i - w < j <= i    rewritten: `mstc::window_attention`, as is i - w < j < i + w
+    documents, padding                       recorded as a `MaskFact` for later passes; the mask stays
 
 The rewritten call attends to the same pairs, summed by another kernel: equal up to rounding. ``is_causal``
-of torch aligns to the first query and key, so it is used only where there are as many queries as keys.
+of torch aligns to the first query and key, so it and windows are used only where there are as many queries as keys.
 
 **Buffers.** A mask kept as a module's buffer (``tril`` of ones) is an input of the graph. Its values are read, block
 by block, only if the pipeline offers its tensor in ``ctx.facts["inputs"]``: a buffer (no parameter, no argument
@@ -43,11 +44,17 @@ from mstc.graph.predicates.reader import Known, Reader
 from mstc.graph.predicates.verdict import Unproven, fact_of
 from mstc.graph.reach import ancestors
 from mstc.passes.base import Context, Pass, refuse
+from mstc.passes.window import window_call, window_obstacle
 from mstc.report import Fidelity, Refusal
 
 aten = torch.ops.aten
 
-Rewrite = Literal["is_causal", "no mask"]
+Rewrite = Literal["is_causal", "no mask", "window"]
+_WORDS: dict[Rewrite, str] = {
+    "is_causal": "attention with a causal mask becomes is_causal",
+    "no mask": "an attention mask that is all true goes",
+    "window": "attention with the mask of a window becomes window_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,14 @@ def _outcome(node: fx.Node, proof: _Proof, ctx: Context, *, same_length: bool) -
     elif fact.kind == "causal":
         yield refuse("masks", node, "the mask is causal, but there are not provably as many queries as keys")
         return
+    elif fact.kind == "sliding_window":
+        call = call_of(node)
+        assert call is not None
+        obstacle = window_obstacle(call.node_arg(0), call.node_arg(1), call.node_arg(2), call.get("dropout_p"))
+        if obstacle:
+            yield refuse("masks", node, f"the mask of a window ({fact.label}) stays: {obstacle}")
+        else:
+            rewrite = "window"
     if rewrite is not None:
         yield MaskSite(node, fact, rewrite, proof.buffers)
         return
@@ -247,7 +262,7 @@ def _unchanged(node: fx.Node, offered: dict[fx.Node, Any]) -> torch.Tensor | Non
 def apply(editor: Editor, site: MaskSite, ctx: Context) -> None:
     """Drop the mask of one call, and record what it was."""
     assume(site.buffers, ctx)
-    call = _without_mask(editor, editor.resolve(site.attention), causal=site.rewrite == "is_causal")
+    call = _without_mask(editor, editor.resolve(site.attention), site)
     ctx.facts.setdefault("masks", {})[call] = site.fact
 
 
@@ -263,15 +278,17 @@ def assume(buffers: Iterable[fx.Node], ctx: Context) -> None:
         ctx.facts.setdefault("assumed", {})[buffer] = assumed
 
 
-def _without_mask(editor: Editor, node: fx.Node, *, causal: bool) -> fx.Node:
+def _without_mask(editor: Editor, node: fx.Node, site: MaskSite) -> fx.Node:
     """The same call without its mask, its result laid out in memory as before (views behind it rely on that)."""
     call = call_of(node)
     assert call is not None
     query, key, value, _, dropout, _ = call.args[:6]
-    new = editor.call(node.target, (query, key, value, None, dropout, causal), _keywords(node), like=node)  # type: ignore[arg-type]
-    result = laid_out_as(editor, new, node)
-    what = "attention with a causal mask becomes is_causal" if causal else "an attention mask that is all true goes"
-    editor.replace(node, result, what)
+    if site.rewrite == "window":
+        new = window_call(editor, query, key, value, site.fact, call.get("scale"), node)
+    else:
+        causal = site.rewrite == "is_causal"
+        new = editor.call(node.target, (query, key, value, None, dropout, causal), _keywords(node), like=node)  # type: ignore[arg-type]
+    editor.replace(node, laid_out_as(editor, new, node), _WORDS[site.rewrite])
     return new
 
 

@@ -2,11 +2,11 @@
 
     softmax(scale * (q k^T) + mask) v  =  scaled_dot_product_attention(q, k, v, is_causal=..., scale=scale)
 
-for a mask that is proven to be causal, with as many queries as keys, or true everywhere (`mstc.graph.predicates`): a
-causal row keeps its diagonal, so no row is all hidden, where the two would differ. The mask may be filled in
-(``masked_fill``, ``where``) or added. A softmax in at least the precision of the scores is what the fused kernels
-do. Everything else (softcap, biases, sinks, other masks, dropout) is left to `query_chunks`, which keeps it as it is
-written. The fused kernels sum in another order: equal up to rounding.
+for a mask that is proven to be causal, with as many queries as keys, or true everywhere (`mstc.graph.predicates`), and
+``mstc::window_attention`` for a window. Such rows keep their diagonal, so none is all hidden, where the two would
+differ. The mask may be filled in (``masked_fill``, ``where``) or added. A softmax in at least the precision of the
+scores is what the fused kernels do. Everything else (softcap, biases, sinks, other masks, dropout) is left to
+`query_chunks`, which keeps it as it is written. The fused kernels sum in another order: equal up to rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
+from mstc.graph.attention import SDPA
 from mstc.graph.editor import Editor
 from mstc.graph.places import Place
 from mstc.graph.predicates.call import Unread, shape_of
-from mstc.graph.predicates.facts import MaskFact
+from mstc.graph.predicates.facts import Kind, MaskFact
 from mstc.graph.predicates.reader import Reader
 from mstc.graph.predicates.verdict import fact_of
 from mstc.graph.rules.call import Call, operands_of
@@ -28,6 +29,7 @@ from mstc.graph.written import Written, find_written
 from mstc.graph.written_masks import drops, path_of
 from mstc.passes.base import Context, Pass
 from mstc.passes.masks import assume, buffers_read, known_values, laid_out_as
+from mstc.passes.window import window_call
 from mstc.report import Fidelity
 
 aten = torch.ops.aten
@@ -83,7 +85,7 @@ def _site(written: Written, reader: Reader) -> FusedSite | None:
     if chain is None or not _plain(written, query, keys, value):
         return None
     fact = _fact(chain.masks, scores, reader)
-    if fact is None:
+    if fact is None or (fact.window is not None and len(shape_of(scores)) != 4):
         return None
     return FusedSite(written, query, keys, value, chain.scale, fact, buffers_read(reader))
 
@@ -168,9 +170,9 @@ def _added(node: fx.Node, chain: _Chain, written: Written) -> object:
 
 
 def _fact(masks: list[tuple[fx.Node, bool]], scores: fx.Node, reader: Reader) -> MaskFact | None:
-    """What all masks together say, if that is causal or nothing."""
+    """What all masks together say, if that is causal, a window or nothing."""
     shape = shape_of(scores)
-    causal = False
+    causal, windows = False, []
     for mask, hides in masks:
         if len(shape_of(mask)) < 2 or len(shape_of(mask)) > len(shape):
             return None
@@ -180,12 +182,15 @@ def _fact(masks: list[tuple[fx.Node, bool]], scores: fx.Node, reader: Reader) ->
             fact = fact_of(mask, shape[-2], shape[-1], reader, hides=hides)
         except Unread:
             return None
-        if not isinstance(fact, MaskFact) or fact.kind not in ("causal", "all_true"):
+        if not isinstance(fact, MaskFact) or fact.documents is not None or fact.padding is not None:
             return None
         causal |= fact.causal
-    if causal and shape[-2] != shape[-1]:
+        windows += [fact.window] if fact.window is not None else []
+    if (causal or windows) and shape[-2] != shape[-1]:
         return None
-    return MaskFact("causal" if causal else "all_true", causal)
+    window = min(windows, default=None)
+    kind: Kind = "sliding_window" if windows else "causal" if causal else "all_true"
+    return MaskFact(kind, causal, window)
 
 
 # ------------------------------------------------------------------ rewriting
@@ -200,14 +205,18 @@ def apply(editor: Editor, site: FusedSite, ctx: Context) -> None:
     query, key, value = (
         _operand(editor, n, product, heads) for n in (editor.resolve(site.query), keys, editor.resolve(site.value))
     )
-    target = aten.scaled_dot_product_attention.default
-    args = (query, key, value, None, 0.0, site.fact.causal)
-    new = editor.call(target, args, {"scale": site.scale}, like=product)
+    if site.fact.window is not None:
+        new = window_call(editor, query, key, value, site.fact, site.scale, product)
+    else:
+        args = (query, key, value, None, 0.0, site.fact.causal)
+        new = editor.call(SDPA, args, {"scale": site.scale}, like=product)
     ctx.facts.setdefault("masks", {})[new] = site.fact
     result = editor.call(aten.squeeze.dim, (new, 1), like=product) if heads else new
     result = laid_out_as(editor, result, product)
-    what = "causal attention" if site.fact.causal else "attention"
-    editor.replace(product, result, f"written-out {what} becomes scaled_dot_product_attention")
+    what, fused = ("causal attention" if site.fact.causal else "attention"), "scaled_dot_product_attention"
+    if site.fact.window is not None:
+        what, fused = "attention to a window", "window_attention"
+    editor.replace(product, result, f"written-out {what} becomes {fused}")
 
 
 def _operand(editor: Editor, node: fx.Node, like: fx.Node, heads: bool) -> fx.Node:

@@ -6,6 +6,13 @@ name of torch (a test holds this).
 The modules `autocast`, `building` and `errors` are used by name; what the others offer stands here as well.
 """
 
+from mstc.compat.attention import (
+    cpu_attention,
+    cpu_attention_backward,
+    flash_window,
+    flash_window_backward,
+    has_flash_window,
+)
 from mstc.compat.captured import Captured, capture
 from mstc.compat.dynamo import (
     autograd_function_apply,
@@ -69,14 +76,19 @@ __all__ = [
     "copy_source",
     "copy_sources",
     "count_auto_chunkings",
+    "cpu_attention",
+    "cpu_attention_backward",
     "data_of",
     "draws_as_eager",
     "example_of",
     "fake_inputs",
     "fake_mode_of",
     "fake_mode_of_values",
+    "flash_window",
+    "flash_window_backward",
     "get_decompositions",
     "guard_at_most",
+    "has_flash_window",
     "input_kind",
     "input_name",
     "is_buffer",

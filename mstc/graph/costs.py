@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from mstc.graph.attention import is_attention, share_seen
 from mstc.graph.convolution import is_pointwise_convolution
 from mstc.graph.einsum import contracted, names_of
 
@@ -60,13 +61,17 @@ def matmul_flops(node: fx.Node) -> float:
 
 
 def attention_flops(node: fx.Node) -> float:
-    """FLOPs of scaled dot product attention over all pairs of tokens (a causal mask is not counted off), else 0."""
-    if node.target is not aten.scaled_dot_product_attention.default:
+    """FLOPs of an attention's two products over all pairs of tokens, or those in its window, 0 for anything else.
+
+    A causal mask is not counted off.
+    """
+    if not is_attention(node):
         return 0.0
     keys = node.args[1]
     assert isinstance(keys, fx.Node)
     query = node.all_input_nodes[0]
-    return 2.0 * hint(keys.meta["val"].shape[-2]) * (numel(query) + numel(node))
+    length = hint(keys.meta["val"].shape[-2])
+    return 2.0 * length * (numel(query) + numel(node)) * share_seen(node, length)
 
 
 def is_seen(size: object) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.fx as fx
 
+from mstc.graph.attention import attention_in
 from mstc.graph.labels import attention_label, is_count, is_grouped, region_label
 from mstc.graph.predicates.reader import Known
 from mstc.graph.provenance import layer_of, module_of, source_of
@@ -18,8 +18,6 @@ from mstc.graph.rules.call import operands_of
 from mstc.graph.written import find_written
 from mstc.graph.written_masks import MaskLabels
 from mstc.report import RegionInfo
-
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def describe(
@@ -42,7 +40,7 @@ def describe(
     ]
     found += [
         (order[node], _mixer(attention_label(node, getattr(masks.get(node), "label", "")), [node]))
-        for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION)
+        for node in attention_in(gm.graph)
     ]
     regions, labels = list(regions), MaskLabels(known)
     claimed = {n for r in regions for n in r.nodes}

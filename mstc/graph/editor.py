@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mstc import compat
+from mstc.graph.attention import SDPA
 from mstc.graph.provenance import source_of
 from mstc.graph.sizes import Size, evaluate, same, shape_of, size, symbols_of
 from mstc.report import Edit
@@ -28,7 +29,7 @@ def has_order(node: fx.Node) -> bool:
     """Whether the node must keep its place among others of its kind: it draws random numbers or writes."""
     if node.op != "call_function" or not isinstance(node.target, compat.OpOverload):
         return False
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+    if node.target is SDPA:
         return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
     return torch.Tag.nondeterministic_seeded in node.target.tags or bool(node.target._schema.is_mutable)
 
@@ -43,7 +44,7 @@ def passes_gradients(node: fx.Node) -> bool:
 
 def _draws_nothing(node: fx.Node) -> bool:
     """Attention is tagged random, but without dropout it may go when nothing reads it."""
-    return node.target is torch.ops.aten.scaled_dot_product_attention.default and not has_order(node)
+    return node.target is SDPA and not has_order(node)
 
 
 def add_call(

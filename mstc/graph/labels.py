@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.fx as fx
 
+from mstc.graph.attention import is_attention, is_causal, window_of
 from mstc.graph.costs import factors_of, is_heavy
 from mstc.graph.reach import descendants
 from mstc.graph.regions import Region
@@ -55,7 +56,7 @@ def _parts(region: Region) -> Iterator[str]:
     if "output projection" in roles.values():
         yield "output projection"
     yield from _norms(region)
-    if any(n.target is aten.scaled_dot_product_attention.default for n in region.nodes):
+    if any(is_attention(n) for n in region.nodes):
         yield "attention over few keys"
     heads = {h for h in region.heavy if _is_last(h, within)} if region.sums else set()
     for role in ("experts", "gated MLP", "MLP", "router", "q/k/v projection", "projection"):
@@ -102,7 +103,7 @@ def _attends(node: fx.Node) -> bool:
     """
     if node.target is operator.getitem:
         node = node.all_input_nodes[0]
-    if node.target is aten.scaled_dot_product_attention.default or "mixes_at" in node.meta:
+    if is_attention(node) or "mixes_at" in node.meta:
         return True
     if node.target is aten.linear.default or not is_heavy(node):
         return False
@@ -203,7 +204,10 @@ def _inside_norm(node: fx.Node) -> bool:
 
 def attention_label(node: fx.Node, mask: str = "") -> str:
     """For example ``attention (causal)``."""
-    if node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5]):
+    window = window_of(node)
+    if window is not None:
+        return f"attention ({'causal, ' if is_causal(node) else ''}window {window})"
+    if is_causal(node):
         return "attention (causal)"
     given = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if mask:

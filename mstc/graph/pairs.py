@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.fx as fx
 
+from mstc.graph.attention import is_attention
 from mstc.graph.costs import is_heavy
 from mstc.graph.places import DimFlow, Flow, Lost, Place, ViewFlow
 from mstc.graph.rules import flow_of, rule_of
@@ -19,7 +20,6 @@ from mstc.graph.sizes import quotient, same, shape_of
 
 aten = torch.ops.aten
 
-ATTENTION = (aten.scaled_dot_product_attention.default,)
 DROPOUT = (aten.dropout.default,)
 
 
@@ -33,7 +33,7 @@ def is_product(node: fx.Node) -> bool:
 
 def is_end(node: fx.Node) -> bool:
     """Whether a stretch may end in the node that loses the keys: a product with values, or a reduction."""
-    return is_product(node) or node.target in ATTENTION or node.target in REDUCE_RULES
+    return is_product(node) or is_attention(node) or node.target in REDUCE_RULES
 
 
 def may_combine(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.fx as fx
 
+from mstc.graph.attention import ATTENTION, is_attention
 from mstc.graph.axes import Axes, Axis, NotTokenwise, Tokenwise
 from mstc.graph.convex import stretches
 from mstc.graph.costs import factors_of, is_heavy, matmul_flops, nbytes
@@ -36,7 +37,7 @@ _REMAKING = (
     aten.pad.default,
     aten.constant_pad_nd.default,
     aten.index_select.default,
-    aten.scaled_dot_product_attention.default,
+    *ATTENTION,
 )
 
 # Values made of labels belong to their loss where they are so many times larger.
@@ -47,7 +48,7 @@ FEW_KEYS = 16
 
 # Tokenwise along batch or query axes, but not worth running piece by piece with recomputation:
 # attention costs most to run again, and a table's gradient is a scatter into the whole table.
-_LEFT_OUT = (aten.scaled_dot_product_attention.default, aten.embedding.default)
+_LEFT_OUT = (*ATTENTION, aten.embedding.default)
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def _may_enter(node: fx.Node) -> bool:
 
 def _attends_to_few(node: fx.Node) -> bool:
     """Whether this is attention with few keys, whatever the call."""
-    if node.target is not aten.scaled_dot_product_attention.default:
+    if not is_attention(node):
         return False
     keys = shape_of(operands_of(node)[1].meta["val"])[-2]
     return isinstance(keys, int) and keys <= FEW_KEYS
@@ -333,7 +334,7 @@ def _attends_to_few(node: fx.Node) -> bool:
 
 def _mixes_like_a_sequence(node: fx.Node, axis: Axis, axes: Axes, weights: Weights) -> bool:
     """Whether the node ties indices of the axis together as attention and scans do, not as norms and weights do."""
-    if node.target in (aten.scaled_dot_product_attention.default, *_SCANS):
+    if is_attention(node) or node.target in _SCANS:
         return True
     if "mixes_at" in node.meta:  # a loop that stands for attention: where its first operand is cut
         return node.meta["mixes_at"] in axes.places(node.args[0][0], axis)  # type: ignore[index, arg-type]

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
+from mstc.graph.attention import is_attention
 from mstc.graph.axes import Tokenwise
 from mstc.graph.costs import UNKNOWN_LENGTH
 from mstc.graph.editor import has_order
 from mstc.graph.pairs import (
-    ATTENTION,
     DROPOUT,
     beside,
     flow_along,
@@ -266,7 +266,7 @@ class _Search:
     def _reduces(self, node: fx.Node, flow: Flow, at: list[int]) -> bool:
         """Whether a node that loses the keys is a product with values (no weight) or a reduction."""
         others = [o for i, o in enumerate(inputs_of(node)) if i not in at]
-        if is_product(node) or node.target in ATTENTION:
+        if is_product(node) or is_attention(node):
             return bool(others) and not any(self._is_weight(o) for o in others)
         if not isinstance(flow, DimFlow):
             return False

@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.attention import is_attention
 from mstc.graph.costs import attention_flops, matmul_flops, nbytes
 from mstc.graph.editor import has_order
 from mstc.graph.live import is_view
@@ -48,7 +49,7 @@ def nothing_to_fuse(gm: fx.GraphModule) -> bool:
             held += sum(value.nbytes for value in called.outputs)
         elif node.op != "call_function" or node.target is operator.getitem or not _makes_tensors(node):
             continue
-        elif not _is_aten(node) or has_order(node):
+        elif not (_is_aten(node) or is_attention(node)) or has_order(node):
             return False
         elif not is_view(node):
             attention = attention_flops(node)

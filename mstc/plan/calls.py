@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch.utils.flop_counter import flop_registry
 
+from mstc.graph.attention import is_attention, is_causal, share_seen, window_of
 from mstc.graph.costs import bytes_of, hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
 from mstc.graph.live import is_view
@@ -25,7 +26,6 @@ from mstc.plan.attention import workspace_of_attention
 from mstc.plan.work import Cost, loop_cost
 
 aten = torch.ops.aten
-ATTENTION = aten.scaled_dot_product_attention.default
 _SCANS = tuple(f"mstc.{name}.default" for name in ("scalar_decay", "vector_decay", "delta_rule", "dplr"))
 
 
@@ -177,7 +177,7 @@ class _Reader:
         reads = tuple(dict.fromkeys(self.memory(i) for i in node.all_input_nodes))
         if is_loop(node):
             yield self._loop(node, reads, tuple(makes))
-        elif node.target is ATTENTION:
+        elif is_attention(node):
             yield self._attention(node, reads)
         elif str(node.target) in _SCANS:
             yield self._scan(node, reads, tuple(makes))
@@ -217,8 +217,9 @@ class _Reader:
         queries = numel(node) // max(hint(out.shape[-1]), 1)
         lse = f"{node.name}:lse"
         self.sizes[lse] = 4 * queries
-        causal = 0.5 if _is_causal(node) else 1.0
-        flops = 4.0 * queries * hint(k.shape[-2]) * hint(q.shape[-1]) * causal
+        keys = hint(k.shape[-2])
+        share = 0.5 if window_of(node) is None and is_causal(node) else share_seen(node, keys)
+        flops = 4.0 * queries * keys * hint(q.shape[-1]) * share
         moved = float(sum(self.sizes.get(m, 0) for m in reads) + self.sizes[node.name])
         grads = self._grads(node.all_input_nodes)
         return Call(
@@ -300,10 +301,6 @@ _LINEAR = (
     aten.stack.default,
     aten.pad.default,
 )
-
-
-def _is_causal(node: fx.Node) -> bool:
-    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal"))
 
 
 def _without_dead_gradients(step: Step) -> Step:

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.attention import SDPA
 from mstc.graph.copies import copy_of
 from mstc.graph.costs import bytes_of, hint, is_heavy
 from mstc.graph.editor import Editor
@@ -34,7 +35,6 @@ aten = torch.ops.aten
 OFFLOAD = torch.ops.mstc.offload.default
 FETCH = torch.ops.mstc.fetch.default
 LOOP_BACKWARD = torch.ops.mstc.loop_backward.default
-_ATTENTION = aten.scaled_dot_product_attention.default
 ROLES = ("gradients", "saved", "temporaries")
 
 
@@ -102,7 +102,7 @@ def _attend_by_shape(gm: fx.GraphModule) -> None:
     """On no device PyTorch would take attention apart into all pairs of tokens. A mask of bools is made one of numbers,
     as for the kernels."""
     editor = Editor(gm)
-    for node in gm.graph.find_nodes(op="call_function", target=_ATTENTION):
+    for node in gm.graph.find_nodes(op="call_function", target=SDPA):
         mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if mask is not None and mask.meta["val"].dtype == torch.bool:
             dtype = node.meta["val"].dtype

@@ -15,6 +15,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
+from mstc.graph.attention import WINDOW_ATTENTION, attention_in
 from mstc.graph.checker import check
 from mstc.graph.editor import Editor
 from mstc.graph.normal_form import normalize
@@ -46,8 +47,7 @@ class Seen:
 
     @property
     def attention(self) -> list[fx.Node]:
-        target = aten.scaled_dot_product_attention.default
-        return list(self.after.graph.find_nodes(op="call_function", target=target))
+        return attention_in(self.after.graph)
 
 
 def run_pass(gm: fx.GraphModule, inputs: list[Any], *, offer_buffers: bool = False) -> Seen:
@@ -253,6 +253,46 @@ def test_a_window_of_a_symbolic_length() -> None:
 
     seen = compiled(attend(window), queries(2, 4, 12, 8), dynamic=True)
     assert seen.labels == ["causal, window 5"]
+    assert seen.attention[0].args[3:] == (5, True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_a_window_becomes_attention_to_a_window(causal: bool, scale: float | None) -> None:
+    """On both sides too, with heads that share keys, and nothing of all pairs is left."""
+
+    def fn(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        distance = torch.arange(31)[:, None] - torch.arange(31)
+        mask = (distance < 5) & ((distance >= 0) if causal else (distance > -5))
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    seen = compiled(fn, queries(2, 4, 31, 8), queries(2, 2, 31, 8))
+    (call,) = seen.attention
+    assert (call.target, call.args[3:], call.kwargs) == (WINDOW_ATTENTION, (5, causal), {"scale": scale})
+    shapes = [n.meta["val"].shape for n in seen.after.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert not any(list(shape).count(31) > 1 for shape in shapes)
+    same_numbers(seen)
+
+
+def band(q: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    distance = torch.arange(q.shape[-2])[:, None] - torch.arange(length or q.shape[-2])
+    return (distance >= 0) & (distance < 4)
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda q: F.scaled_dot_product_attention(q, q, q, band(q), dropout_p=1e-9), "dropout"),
+        (lambda q: F.scaled_dot_product_attention(q[:, :, :9], q, q, band(q[:, :, :9], 12)), "as many queries"),
+        (lambda q: F.scaled_dot_product_attention(q[0], q[0], q[0], band(q)), "dimensions"),
+        (lambda q: F.scaled_dot_product_attention(q, q[:, :1], q[:, :1], band(q)), ""),
+    ],
+)
+def test_windows_that_stay(fn: Callable[..., torch.Tensor], reason: str) -> None:
+    """Heads that are repeated without being asked to are taken as shared ones; the others are refused."""
+    seen = compiled(fn, queries(2, 4, 12, 8))
+    assert bool(seen.sites) == (not reason)
+    assert not reason or reason in seen.refusals[0].reason
 
 
 def test_queries_and_keys_of_different_lengths() -> None:
@@ -399,6 +439,10 @@ WINDOW = ["causal, window 8", "causal, window 8"]
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Llama": ({}, CAUSAL),
     "Mistral": ({"sliding_window": 8}, WINDOW),
+    "ModernBert": (
+        {"local_attention": 12, "global_attn_every_n_layers": 2, "pad_token_id": 0},
+        ["no mask", "window 7"],
+    ),
     "Gemma2": (ALTERNATING, []),  # written-out attention
     "Gemma3Text": (ALTERNATING, ["causal, window 8", "causal"]),
     "Qwen2": ({}, CAUSAL),
@@ -410,7 +454,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Falcon": ({"alibi": False}, CAUSAL),
     "OPT": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, CAUSAL),  # is_causal by itself
 }
-CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+CLASSES = {"ModernBert": "ModernBertForMaskedLM", "GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
 WRITTEN_OUT = ("Gemma2",)
 
 

@@ -139,7 +139,7 @@ def hidden_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     seen = (distance() <= 0) & (distance() > -8)
-    return end(F.softmax((q @ k.mT).masked_fill(~seen, float("-inf")), -1) @ v)
+    return end(F.softmax(torch.tanh(q @ k.mT).masked_fill(~seen, float("-inf")), -1) @ v)
 
 
 def cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mstc
+from mstc.graph.attention import WINDOW_ATTENTION, attention_in
 from testkit.exactness import Comparison, chunked, compare
 from testkit.homegrown import NanoGPT
 
@@ -61,7 +62,6 @@ FUSED: dict[str, tuple[Scores, bool]] = {
 # What must stay as it is written.
 OTHER: dict[str, Scores] = {
     "softcap": lambda a: torch.tanh(a / 5) * 5,
-    "window": lambda a: a.masked_fill((distance() > 0) | (distance() < -7), float("-inf")),
     "strictly before": lambda a: a.masked_fill((distance() >= 0) & (distance() < S), LOWEST),
     "anti-causal": lambda a: a.masked_fill(distance() < 0, LOWEST),
     "a weak mask": lambda a: a.masked_fill(distance() > 0, -100.0),
@@ -84,8 +84,7 @@ def run(between: Scores) -> Comparison:
 
 
 def fused(result: Comparison) -> list[fx.Node]:
-    target = torch.ops.aten.scaled_dot_product_attention.default
-    return [n for gm in result.graphs for n in gm.graph.find_nodes(op="call_function", target=target)]
+    return [n for gm in result.graphs for n in attention_in(gm.graph)]
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -96,6 +95,30 @@ def test_what_says_the_same_is_fused(name: str) -> None:
     result.check()
     (call,) = fused(result)
     assert call.args[3:] == (None, 0.0, causal)
+    shapes = [n.meta["val"].shape for n in result.graphs[0].graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    assert not [s for s in shapes if list(s).count(S) > 1]
+
+
+def far(a: Tensor) -> Tensor:
+    return a.masked_fill((distance() > 7) | (distance() < -7), LOWEST)
+
+
+WINDOWS: dict[str, tuple[Scores, tuple[int, bool]]] = {
+    "one mask": (lambda a: a.masked_fill((distance() > 0) | (distance() < -7), float("-inf")), (8, True)),
+    "two masks": (lambda a: far(a.masked_fill(distance() > 0, LOWEST)), (8, True)),
+    "on both sides": (far, (8, False)),
+    "the narrower of two": (lambda a: far(a) + added(distance().abs() > 4), (5, False)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_are_fused(name: str) -> None:
+    between, window = WINDOWS[name]
+    result = run(between)
+    result.check()
+    (call,) = fused(result)
+    assert call.target is WINDOW_ATTENTION
+    assert call.args[3:] == window
     shapes = [n.meta["val"].shape for n in result.graphs[0].graph.nodes if isinstance(n.meta.get("val"), Tensor)]
     assert not [s for s in shapes if list(s).count(S) > 1]
 

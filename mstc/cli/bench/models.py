@@ -1,4 +1,4 @@
-"""The models that are measured, with random weights: Hugging Face's Llama, unmodified, and written-out attention."""
+"""The models that are measured, with random weights: Hugging Face's Llama and Mistral, and written-out attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["MODELS", "ModelSize", "build_model", "checkpoint_layers"]
 class ModelSize:
     """The sizes of a Llama: width, MLP width, layers, heads, key/value heads, vocabulary.
 
-    attention: a kind of `mstc.cli.bench.written` instead of a Llama.
+    attention: a kind of `mstc.cli.bench.written` instead of a Llama; window: a Mistral that attends to so many keys.
     """
 
     hidden: int
@@ -26,12 +26,14 @@ class ModelSize:
     kv_heads: int
     vocab: int
     attention: str = ""
+    window: int = 0
 
 
 MODELS: dict[str, ModelSize] = {
     "llama": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000),
     "llama-bytes": ModelSize(hidden=128, intermediate=448, layers=4, heads=4, kv_heads=2, vocab=256),
     "llama-tiny": ModelSize(hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=256),
+    "mistral": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000, window=1024),
     "llama3-8b": ModelSize(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
     **{
         f"written-{kind}": ModelSize(256, 0, layers=2, heads=4, kv_heads=4, vocab=256, attention=kind) for kind in KINDS
@@ -44,20 +46,24 @@ def build_model(size: ModelSize, layers: int | None = None) -> nn.Module:
     size = replace(size, layers=layers or size.layers)
     if size.attention:
         return WrittenDecoder(size.attention, size.hidden, size.layers, size.heads, size.vocab).train()
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        vocab_size=size.vocab,
-        max_position_embeddings=1 << 20,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model: Any = LlamaForCausalLM(config)
+    settings = {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "vocab_size": size.vocab,
+        "max_position_embeddings": 1 << 20,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
+    model: Any
+    if size.window:
+        model = MistralForCausalLM(MistralConfig(**settings, sliding_window=size.window))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**settings))
     assert isinstance(model, nn.Module)
     return model.train()
 

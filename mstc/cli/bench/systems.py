@@ -126,6 +126,8 @@ def _inductor_linear_ce(model: Any, options: dict[str, Any]) -> LossFn:
 
 def _inductor_causal(model: Any, options: dict[str, Any]) -> LossFn:
     """The explicit mask that the compiled model builds, removed by hand."""
+    if getattr(model.config, "sliding_window", None):
+        raise ValueError("without its mask this model would attend beyond its window; leave inductor-causal out")
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

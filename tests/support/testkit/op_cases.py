@@ -401,8 +401,17 @@ def _attention(p: Pick) -> Args | tuple[Args, dict[str, Any]]:
     query, key, value = p.tensor([*batch, s, k]), p.tensor([*batch, t, k]), p.tensor([*batch, t, v])
     if p.flag():
         return (query, key, value), {"is_causal": p.flag()}
+    if len(batch) == 2 and p.flag():
+        grouped = query.repeat_interleave(2, 1)
+        return (grouped, key, value), {"enable_gqa": True}
     mask = p.tensor([*p.smaller(batch), p.one(1, s), p.one(1, t)])
     return query, key, value, mask
+
+
+def _window_attention(p: Pick) -> Args:
+    batch, shared, s, k, v = p.size(), p.size(), p.size(), p.size(), p.size()
+    query = p.tensor([batch, shared * p.one(1, 2), s, k])
+    return query, p.tensor([batch, shared, s, k]), p.tensor([batch, shared, s, v]), p.one(1, 2, 9), p.flag()
 
 
 CASES: dict[Any, Case] = {
@@ -531,4 +540,5 @@ CASES: dict[Any, Case] = {
     aten.index.Tensor: _index,
     aten.one_hot.default: _one_hot,
     aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.mstc.window_attention.default: _window_attention,
 }  # fmt: skip

@@ -68,7 +68,9 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
     """Compiles loop bodies: plain functions of tensors, without gradients, one after another.
 
     They are ATen ops without mutation already, so only Inductor has anything to do. A body says in its
-    ``meta["settings"]`` what of Inductor's configuration it needs, if anything.
+    ``meta["settings"]`` what of Inductor's configuration it needs, if anything. Nodes run in the body's order, by which
+    its memory is told: moved next to their readers, sums over tokens (a norm's weight gradient), which only the output
+    reads, would come last, and hold what they sum till then.
     """
 
     def compile_body(gm: fx.GraphModule, fakes: Sequence[torch.Tensor]) -> Callable[..., Any]:
@@ -80,6 +82,6 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
             compat.without_cudagraphs(),
             torch.no_grad(),
         ):
-            return lower(gm, fakes, name, gm.meta.get("settings"))
+            return lower(gm, fakes, name, {"reorder_for_locality": False, **gm.meta.get("settings", {})})
 
     return compile_body

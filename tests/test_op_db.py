@@ -164,7 +164,7 @@ def check_samples(op: Any, most: int) -> None:
         pytest.skip(f"no sample of {op.name}: {reason}")
 
 
-@pytest.mark.parametrize("op", every(3, OPS), ids=map(name_of, OPS))
+@pytest.mark.parametrize("op", every(4, OPS), ids=map(name_of, OPS))
 def test_an_op_among_products(op: Any) -> None:
     check_samples(op, 2)
 

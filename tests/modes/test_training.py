@@ -74,6 +74,7 @@ def test_kinds_of_adapters(settings: Mapping[str, Any]) -> None:
     compared(with_adapters(causal("llama"), **settings), 4)
 
 
+@pytest.mark.slow
 def test_adapters_with_norms_of_weights() -> None:
     """DoRA divides by a norm of the weight: a product whose weight is made in the graph."""
     model = with_adapters(causal("llama", torch.float32), use_dora=True).float()

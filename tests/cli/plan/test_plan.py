@@ -168,6 +168,7 @@ def test_no_sequence_is_longer_than_its_learned_positions(tmp_path: Path, capsys
     assert any("1024 learned positions" in line for line in found["assumptions"])
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its layers stand in two lists, of equal numbers; Mini-Sequence's code has no head for it."""
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 100}

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.ops.locality import near_readers
 from mstc.ops.products import fast_products
 from mstc.ops.saved import offload_saved, offloads_of
 from mstc.ops.workspace import empty_strided
@@ -68,9 +69,8 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
     """Compiles loop bodies: plain functions of tensors, without gradients, one after another.
 
     They are ATen ops without mutation already, so only Inductor has anything to do. A body says in its
-    ``meta["settings"]`` what of Inductor's configuration it needs, if anything. Nodes run in the body's order, by which
-    its memory is told: moved next to their readers, sums over tokens (a norm's weight gradient), which only the output
-    reads, would come last, and hold what they sum till then.
+    ``meta["settings"]`` what of Inductor's configuration it needs, if anything. Its nodes are brought near to their
+    readers here (`mstc.ops.locality`), not by Inductor.
     """
 
     def compile_body(gm: fx.GraphModule, fakes: Sequence[torch.Tensor]) -> Callable[..., Any]:
@@ -82,6 +82,7 @@ def body_compiler(name: str) -> Callable[[fx.GraphModule, Sequence[torch.Tensor]
             compat.without_cudagraphs(),
             torch.no_grad(),
         ):
-            return lower(gm, fakes, name, {"reorder_for_locality": False, **gm.meta.get("settings", {})})
+            settings = {"reorder_for_locality": False, **gm.meta.get("settings", {})}
+            return lower(near_readers(gm), fakes, name, settings)
 
     return compile_body

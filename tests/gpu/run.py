@@ -20,6 +20,7 @@ from mstc.cli.environment import describe_machine, describe_versions
 
 SYSTEMS = "eager,ckpt,inductor,inductor-causal,mstc"
 ON_GPU = ["--device", "cuda", "--dtype", "bfloat16", "--seq", "8192,32768", "--rounds", "2", "--steps", "5"]
+WINDOW = ["--model", "mistral", "--systems", "eager,inductor,mstc", *ON_GPU]
 # Layers of Llama3-8B with its head: each system up to where it runs out of memory, or to the last of these lengths.
 LONG_SYSTEMS = "ckpt,inductor-ckpt,mini-sequence,liger,mstc"
 LONG = ["--device", "cuda", "--dtype", "bfloat16", "--model", "llama3-8b", "--layers", "8"]
@@ -74,6 +75,7 @@ def main() -> int:
     kernel_tests = run("pytest", *KERNEL_TESTS, *only_collect)
     kernel_status, kernels = bench_kernels(out)
     status, measured = bench(out, ["--systems", SYSTEMS, *ON_GPU] if gpu else DRY_RUN)
+    window_status, window = bench(out, WINDOW, "window") if gpu else (0, {})
     long_status, long = long_benches(out, gpu)
     report = {
         "versions": describe_versions(),
@@ -81,13 +83,14 @@ def main() -> int:
         "tests": ("passed" if tests == 0 else "failed") if gpu else "not measured",
         "kernel_tests": ("passed" if kernel_tests == 0 else "failed") if gpu else "not measured",
         "bench": measured if gpu else "not measured",
+        "window": window if gpu else "not measured",
         "long": long if gpu else "not measured",
         "kernels": kernels if gpu else "not measured",
         "dry_run": None if gpu else ("worked" if status == kernel_status == long_status == 0 else "failed"),
     }
     (out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_table(report)
-    return int(any((tests, kernel_tests, kernel_status, status, long_status)))
+    return int(any((tests, kernel_tests, kernel_status, status, window_status, long_status)))
 
 
 def print_table(report: dict[str, Any]) -> None:
@@ -97,6 +100,8 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"dry run on the CPU  {report['dry_run']}")
         return
     print_rows(report["bench"])
+    print("\na Mistral with a window of 1024 tokens")
+    print_rows(report["window"])
     print("\n8 layers of Llama3-8B with its head")
     for measured in report["long"]:
         print_rows(measured)

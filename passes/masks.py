@@ -35,6 +35,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.attention import SDPA
 from mstc.graph.editor import Editor
 from mstc.graph.predicates.call import Call, Unread, call_of, shape_of, size
 from mstc.graph.predicates.constants import Bands, Ramp, describe
@@ -44,7 +45,7 @@ from mstc.graph.predicates.reader import Known, Reader
 from mstc.graph.predicates.verdict import Unproven, fact_of
 from mstc.graph.reach import ancestors
 from mstc.passes.base import Context, Pass, refuse
-from mstc.passes.window import window_call, window_obstacle
+from mstc.passes.fused import fused_call, window_obstacle
 from mstc.report import Fidelity, Refusal
 
 aten = torch.ops.aten
@@ -105,7 +106,7 @@ def find(gm: fx.GraphModule, ctx: Context) -> Iterator[MaskSite | Refusal]:
     """
     known = known_values(gm, ctx)
     proofs: dict[object, _Proof] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+    for node in gm.graph.find_nodes(op="call_function", target=SDPA):
         try:
             yield from _look_at(node, known, proofs, ctx)
         except Unread as unread:
@@ -152,7 +153,7 @@ def _outcome(node: fx.Node, proof: _Proof, ctx: Context, *, same_length: bool) -
     elif fact.kind == "sliding_window":
         call = call_of(node)
         assert call is not None
-        obstacle = window_obstacle(call.node_arg(0), call.node_arg(1), call.node_arg(2), call.get("dropout_p"))
+        obstacle = window_obstacle(call)
         if obstacle:
             yield refuse("masks", node, f"the mask of a window ({fact.label}) stays: {obstacle}")
         else:
@@ -283,11 +284,7 @@ def _without_mask(editor: Editor, node: fx.Node, site: MaskSite) -> fx.Node:
     call = call_of(node)
     assert call is not None
     query, key, value, _, dropout, _ = call.args[:6]
-    if site.rewrite == "window":
-        new = window_call(editor, query, key, value, site.fact, call.get("scale"), node)
-    else:
-        causal = site.rewrite == "is_causal"
-        new = editor.call(node.target, (query, key, value, None, dropout, causal), _keywords(node), like=node)  # type: ignore[arg-type]
+    new = fused_call(editor, (query, key, value), site.fact, node, dropout, **_keywords(node))
     editor.replace(node, laid_out_as(editor, new, node), _WORDS[site.rewrite])
     return new
 

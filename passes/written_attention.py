@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
-from mstc.graph.attention import SDPA
 from mstc.graph.editor import Editor
 from mstc.graph.places import Place
 from mstc.graph.predicates.call import Unread, shape_of
@@ -28,8 +27,8 @@ from mstc.graph.rules.call import Call, operands_of
 from mstc.graph.written import Written, find_written
 from mstc.graph.written_masks import drops, path_of
 from mstc.passes.base import Context, Pass
+from mstc.passes.fused import fused_call
 from mstc.passes.masks import assume, buffers_read, known_values, laid_out_as
-from mstc.passes.window import window_call
 from mstc.report import Fidelity
 
 aten = torch.ops.aten
@@ -205,18 +204,14 @@ def apply(editor: Editor, site: FusedSite, ctx: Context) -> None:
     query, key, value = (
         _operand(editor, n, product, heads) for n in (editor.resolve(site.query), keys, editor.resolve(site.value))
     )
-    if site.fact.window is not None:
-        new = window_call(editor, query, key, value, site.fact, site.scale, product)
-    else:
-        args = (query, key, value, None, 0.0, site.fact.causal)
-        new = editor.call(SDPA, args, {"scale": site.scale}, like=product)
+    new = fused_call(editor, (query, key, value), site.fact, product, scale=site.scale)
     ctx.facts.setdefault("masks", {})[new] = site.fact
     result = editor.call(aten.squeeze.dim, (new, 1), like=product) if heads else new
     result = laid_out_as(editor, result, product)
-    what, fused = ("causal attention" if site.fact.causal else "attention"), "scaled_dot_product_attention"
+    what = f"{'causal ' if site.fact.causal else ''}attention becomes scaled_dot_product_attention"
     if site.fact.window is not None:
-        what, fused = "attention to a window", "window_attention"
-    editor.replace(product, result, f"written-out {what} becomes {fused}")
+        what = "attention to a window becomes window_attention"
+    editor.replace(product, result, f"written-out {what}")
 
 
 def _operand(editor: Editor, node: fx.Node, like: fx.Node, heads: bool) -> fx.Node:

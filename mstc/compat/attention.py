@@ -18,28 +18,18 @@ __all__ = ["cpu_attention", "cpu_attention_backward", "flash_window", "flash_win
 aten = torch.ops.aten
 
 
-def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp [B, H, S]) of q [B, H, S, D] and k, v [B, H or a divisor, T, D]; an added mask [S, T]."""
-    out: Any = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out: Any = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     return out[0], out[1]
 
 
 def cpu_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    dq, dk, dv = kernel(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     return dq, dk, dv
 
 

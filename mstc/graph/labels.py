@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from mstc.graph.attention import is_attention, is_causal, window_of
 from mstc.graph.costs import factors_of, is_heavy
+from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.reach import descendants
 from mstc.graph.regions import Region
 from mstc.graph.rules import rule_of
@@ -206,7 +207,7 @@ def attention_label(node: fx.Node, mask: str = "") -> str:
     """For example ``attention (causal)``."""
     window = window_of(node)
     if window is not None:
-        return f"attention ({'causal, ' if is_causal(node) else ''}window {window})"
+        return f"attention ({MaskFact('sliding_window', is_causal(node), window).label})"
     if is_causal(node):
         return "attention (causal)"
     given = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")

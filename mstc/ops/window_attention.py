@@ -18,6 +18,7 @@ float32 where these are shorter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool, scale: 
     if compat.has_flash_window(q, k, v):
         return compat.flash_window(q, k, v, *_sides(window, causal), scale)
     out, lse = _empty(q, v)
+    attend = compat.cpu_attention if _on_cpu(q, v) else _products
     for queries, keys, mask in _blocks(q, window, causal):
-        part = _attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale)
+        part = attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, scale)
         out[:, :, queries], lse[:, :, queries] = part
     return out, lse
 
@@ -81,9 +83,10 @@ def _backward(
         return dq, dk, dv
     dq, dk, dv = (x.new_empty_strided(x.shape, s) for x, s in zip((q, k, v), strides, strict=True))
     sums = [x.new_zeros(x.shape, dtype=lse.dtype) if x.dtype != lse.dtype else x.zero_() for x in (dk, dv)]
+    differentiate = compat.cpu_attention_backward if _on_cpu(q, v) else _products_backward
     for queries, keys, mask in _blocks(q, window, causal):
         operands = (q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries], lse[:, :, queries])
-        part = _attend_backward(grad[:, :, queries], *operands, mask, scale)
+        part = differentiate(grad[:, :, queries], *operands, mask, scale)
         dq[:, :, queries] = part[0]
         sums[0][:, :, keys] += part[1]
         sums[1][:, :, keys] += part[2]
@@ -154,22 +157,18 @@ def _blocks(q: Tensor, window: int, causal: bool) -> Iterator[tuple[slice, slice
     """(queries, the keys that one of them sees, 0 where a query sees a key and -inf elsewhere)."""
     length, rows = q.shape[2], block_rows(window)
     left, right = _sides(window, causal)
-    masks: dict[tuple[int, int, int], Tensor] = {}
+    band = lru_cache(maxsize=1)(partial(_band, left, right, q))  # one block's mask is that of the next
     for first in range(0, length, rows):
         last = min(first + rows, length)
         low, high = max(first - left, 0), min(last + right, length)
-        form = (last - first, first - low, high - low)
-        if form not in masks:
-            masks = {form: _band(*form, window, causal, q)}
-        yield slice(first, last), slice(low, high), masks[form]
+        yield slice(first, last), slice(low, high), band(last - first, first - low, high - low)
 
 
-def _band(rows: int, before: int, keys: int, window: int, causal: bool, like: Tensor) -> Tensor:
+def _band(left: int, right: int, like: Tensor, rows: int, before: int, keys: int) -> Tensor:
     """The mask of a block whose first query is key number ``before`` of those it is given.
 
     The band is ones, zeros elsewhere; its logarithm is 0 and -inf.
     """
-    left, right = _sides(window, causal)
     return like.new_ones((rows, keys)).triu_(before - left).tril_(before + right).log_()
 
 
@@ -177,28 +176,18 @@ def _on_cpu(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    if _on_cpu(q, v):
-        return compat.cpu_attention(q, k, v, mask, False, scale)
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """As `compat.cpu_attention`, on any device."""
     scores = _scores(q, k, scale).add_(mask)
     lse = scores.logsumexp(-1)
     out = scores.sub_(lse.unsqueeze(-1)).exp_() @ _grouped(v, scores.dtype)
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
-def _attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor,
-    scale: float | None,
+def _products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS = P * (do v^T - rowsum(do * o)),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T do."""
-    if _on_cpu(q, v):
-        return compat.cpu_attention_backward(grad, q, k, v, out, lse, mask, False, scale)
     heads = k.shape[1]
     wide_q, wide_k, wide_v = (_grouped(x, lse.dtype, heads) for x in (q, k, v))
     wide_grad = _grouped(grad, lse.dtype, heads)

@@ -34,27 +34,33 @@ class Solution:
 
 def solve(stages: Sequence[Stage], resident: int, budget: int | None = None) -> Solution | None:
     """The fastest plan under ``budget`` (None: any), of least peak among those; None where there is none."""
-    best = _fastest(stages, resident, budget)
+    program = _Program.of(stages, resident)
+    best = program.fastest(budget)
     while best is not None:
-        lower = _fastest(stages, resident, best.peak - 1)
+        lower = program.fastest(best.peak - 1)
         if lower is None or lower.seconds > best.seconds * (1 + 1e-9):
             return best
         best = lower
     return None
 
 
+def fits(stages: Sequence[Stage], resident: int, budget: int) -> bool:
+    """Whether any plan stays under ``budget``."""
+    return _Program.of(stages, resident, timed=False).fastest(budget) is not None
+
+
 def least_peak(stages: Sequence[Stage], resident: int) -> Solution:
-    """The plan of least peak, whatever it costs, and the fastest of those."""
-    best = _fastest(stages, resident, None)
-    assert best is not None
-    low, high = resident, best.peak
+    """The plan of least peak, to a two-thousandth of it, and the fastest of those."""
+    low, high = resident, peak_of(stages, [min(s.options, key=lambda o: o.saved) for s in stages], resident)
+    program, without_time = _Program.of(stages, resident), _Program.of(stages, resident, timed=False)
     while high - low > max(high // 2000, 1):
         middle = (low + high) // 2
-        found = _fastest(stages, resident, middle)
-        if found is None:
+        if without_time.fastest(middle) is None:
             low = middle
         else:
-            best, high = found, found.peak
+            high = middle
+    best = program.fastest(high)
+    assert best is not None
     return best
 
 
@@ -75,25 +81,6 @@ def frontier(stages: Sequence[Stage], resident: int, most: int = 12) -> list[Sol
 def chosen_calls(stages: Sequence[Stage], solution: Solution) -> list[Call]:
     """The calls of all stages as the solution runs them."""
     return [c for s, o in zip(stages, solution.options, strict=True) for c in apply_choice(s.calls, o.choice)]
-
-
-def _fastest(stages: Sequence[Stage], resident: int, budget: int | None) -> Solution | None:
-    states = _States.start()
-    trail: list[_States] = []
-    tables = {key: _Table.of(s) for key, s in {id(s): s for s in stages}.items()}  # identical stages are one object
-    room = None if budget is None else budget - resident
-    for stage, beside in zip(stages, _beside(stages), strict=True):
-        states = _extended(states, tables[id(stage)], beside, room)
-        if not states.saved.numel():
-            return None
-        trail.append(states)
-    at = int(states.spent.argmin())
-    picked: list[Option] = []
-    for stage, ended in zip(reversed(stages), reversed(trail), strict=True):
-        picked.append(stage.options[int(ended.chosen[at])])
-        at = int(ended.parents[at])
-    options = tuple(reversed(picked))
-    return Solution(options, peak_of(stages, options, resident), sum(o.seconds for o in options))
 
 
 def peak_of(stages: Sequence[Stage], options: Sequence[Option], resident: int) -> int:
@@ -127,18 +114,53 @@ class _Table:
     alike: dict[tuple[int, int], torch.Tensor]
 
     @staticmethod
-    def of(stage: Stage) -> _Table:
+    def of(stage: Stage, timed: bool) -> _Table:
         options = stage.options
         alike: dict[tuple[int, int], list[int]] = {}
         for i, option in enumerate(options):
             alike.setdefault(option.carry, []).append(i)
         return _Table(
             torch.tensor([o.saved for o in options]),
-            torch.tensor([o.seconds for o in options], dtype=torch.float64),
+            torch.tensor([o.seconds if timed else 0.0 for o in options], dtype=torch.float64),
             torch.tensor([o.forward for o in options]),
             torch.tensor([o.backward for o in options]),
             {carry: torch.tensor(which) for carry, which in alike.items()},
         )
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Stages, each with its table (identical stages share one) and the bytes that lie beside it."""
+
+    stages: Sequence[Stage]
+    tables: Sequence[_Table]
+    beside: Sequence[tuple[int, int]]
+    resident: int
+
+    @staticmethod
+    def of(stages: Sequence[Stage], resident: int, timed: bool = True) -> _Program:
+        """timed: whether seconds count; without them a state for each carry is all that remains, which tells fast what
+        fits."""
+        tables = {key: _Table.of(s, timed) for key, s in {id(s.options): s for s in stages}.items()}
+        return _Program(stages, [tables[id(s.options)] for s in stages], _beside(stages), resident)
+
+    def fastest(self, budget: int | None) -> Solution | None:
+        """A fastest plan under ``budget``; None where there is none."""
+        states = _States.start()
+        trail: list[_States] = []
+        room = None if budget is None else budget - self.resident
+        for table, beside in zip(self.tables, self.beside, strict=True):
+            states = _extended(states, table, beside, room)
+            if not states.saved.numel():
+                return None
+            trail.append(states)
+        at = int(states.spent.argmin())
+        picked: list[Option] = []
+        for stage, ended in zip(reversed(self.stages), reversed(trail), strict=True):
+            picked.append(stage.options[int(ended.chosen[at])])
+            at = int(ended.parents[at])
+        options = tuple(reversed(picked))
+        return Solution(options, peak_of(self.stages, options, self.resident), sum(o.seconds for o in options))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ checkpointing included, with nothing computed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,30 @@ from mstc import compat
 from mstc.plan.devices import Device
 
 _active: list[Tracker] = []
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an op makes of operands of one kind: layers repeat, and shapes are looked up faster than derived."""
+
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    several: bool
+    flops: float
+    moved: float
+
+    @staticmethod
+    def of(out: Any, flops: float, moved: float) -> _Made | None:
+        """None where the op makes anything but dense tensors."""
+        several = isinstance(out, tuple)
+        tensors = out if several else (out,)
+        if not all(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in tensors):
+            return None
+        made = _Made(tuple((t.shape, t.stride(), t.dtype) for t in tensors), several, flops, moved)
+        sizes = zip(tensors, made.make(), strict=True)
+        return made if all(t.untyped_storage().nbytes() == m.untyped_storage().nbytes() for t, m in sizes) else None
+
+    def make(self) -> list[torch.Tensor]:
+        return [torch.empty_strided(size, stride, dtype=d, device="meta") for size, stride, d in self.layouts]
 
 
 class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,6 +57,7 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self.events: list[tuple[int, int]] = []
         self._known: dict[int, tuple[int, int]] = {}
+        self._repeated: dict[Hashable, _Made | None] = {None: None}
 
     def __enter__(self) -> Any:
         _active.append(self)
@@ -44,13 +70,24 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        key = _key(func, args, kwargs or {})
+        known = self._repeated.get(key)
+        if known is not None:
+            out = tuple(known.make())
+            for t in out:
+                self._see(t)
+            self.spend(known.flops, known.moved)
+            return out if known.several else out[0]
         out = func(*args, **(kwargs or {}))
         made = sum(self._see(t) for t in compat.tree_leaves(out) if isinstance(t, torch.Tensor))
         if made or any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns):
             read = sum(_nbytes(t) for t in compat.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
             count = flop_registry.get(func.overloadpacket)
             flops = float(count(*args, **(kwargs or {}), out_val=out)) if count is not None else 0.0
-            self.spend(flops, float(read + max(made, 0)))
+            moved = float(read + max(made, 0))
+            self.spend(flops, moved)
+            if key is not None:
+                self._repeated[key] = _Made.of(out, flops, moved)
         return out
 
     def spend(self, flops: float, moved: float, mixer: bool = False) -> None:
@@ -83,6 +120,22 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         if size:
             self.events.append((name, 0))
         self.live -= size
+
+
+def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What decides on what an op makes, None where it may write to or return what it was given."""
+    if any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns)):
+        return None
+    return func, tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items())
+
+
+def _kind(value: Any) -> Hashable:
+    """Of an operand what decides on layouts: of a tensor its own, of anything else its type and value."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, value))
+    return type(value), value
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

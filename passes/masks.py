@@ -7,8 +7,10 @@ one element of the mask symbolically (`mstc.graph.predicates`), so the proof cos
     mask(b, h, i, j)  <=>  j <= i            rewritten: no mask, is_causal=True
     mask(b, h, i, j)  <=>  true              rewritten: no mask
     mask(b, h, i, j)  <=>  i - w < j <= i    rewritten: `mstc::window_attention`, as is i - w < j < i + w
-    documents, padding                       recorded as a `MaskFact` for later passes; the mask stays
+    ... and documents[b, i] == documents[b, j], and seen[b, j]    (packed documents, padding)
+                                             on a CPU rewritten in the same way, the two vectors being operands
 
+On a GPU fused kernels take masks of documents and padding whole: these stay, and are recorded as a `MaskFact`.
 The rewritten call attends to the same pairs, summed by another kernel: equal up to rounding. ``is_causal``
 of torch aligns to the first query and key, so it and windows are used only where there are as many queries as keys.
 
@@ -36,6 +38,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.attention import SDPA
+from mstc.graph.costs import hint
 from mstc.graph.editor import Editor
 from mstc.graph.predicates.call import Call, Unread, call_of, shape_of, size
 from mstc.graph.predicates.constants import Bands, Ramp, describe
@@ -50,11 +53,14 @@ from mstc.report import Fidelity, Refusal
 
 aten = torch.ops.aten
 
-Rewrite = Literal["is_causal", "no mask", "window"]
+FEWEST_TOKENS = 1024  # from which on a mask of documents or padding is made for a block of queries at a time
+
+Rewrite = Literal["is_causal", "no mask", "window", "vectors"]
 _WORDS: dict[Rewrite, str] = {
     "is_causal": "attention with a causal mask becomes is_causal",
     "no mask": "an attention mask that is all true goes",
     "window": "attention with the mask of a window becomes window_attention",
+    "vectors": "attention with a mask of documents or padding becomes window_attention",
 }
 
 
@@ -161,21 +167,42 @@ def _outcome(node: fx.Node, proof: _Proof, ctx: Context, *, same_length: bool) -
     if rewrite is not None:
         yield MaskSite(node, fact, rewrite, proof.buffers)
         return
+    obstacle = _vectors_obstacle(node, fact)
+    if not obstacle:
+        yield MaskSite(node, fact, "vectors", proof.buffers)
+        return
     ctx.facts.setdefault("masks", {})[node] = fact
-    yield from _left(node, fact)
+    yield from _left(node, fact, obstacle)
 
 
-def _left(node: fx.Node, fact: MaskFact) -> Iterator[Refusal]:
+def _vectors_obstacle(node: fx.Node, fact: MaskFact) -> str:
+    """Why ``mstc::window_attention`` cannot stand for attention with a mask of documents or padding, "" if it can."""
+    call = call_of(node)
+    assert call is not None
+    mask: torch.Tensor = call.node_arg(3).meta["val"]
+    if (fact.documents is not None and fact.ids is None) or (fact.padding is not None and fact.seen is None):
+        return "its values are read in another order than that of tokens"
+    if mask.device.type != "cpu":
+        return "fused kernels of GPUs take it whole"
+    if mask.dtype is not torch.bool:
+        return "a query that sees no key may average all of them"
+    if hint(mask.shape[-1]) < FEWEST_TOKENS:
+        return f"fewer than {FEWEST_TOKENS} tokens: it is small"
+    return window_obstacle(call)
+
+
+def _left(node: fx.Node, fact: MaskFact, obstacle: str) -> Iterator[Refusal]:
     """Why a mask stays whose structure is known but for values that come at run time."""
     documents = _input_names([fact.documents]) if fact.documents is not None else ""
     if documents:
         reason = (
-            f"the mask separates documents ({fact.label}) that are only known at run time, by {documents}; it stays"
+            f"the mask separates documents ({fact.label}) that are only known at run time, by {documents}; it stays: "
+            f"{obstacle}"
         )
         yield refuse("masks", node, reason, "leave the position or document ids out where each row is one document")
     if fact.padding is not None:
         padding = _input_names([fact.padding]) or "values known at run time"
-        reason = f"the mask hides keys ({fact.label}) by {padding}; it stays"
+        reason = f"the mask hides keys ({fact.label}) by {padding}; it stays: {obstacle}"
         yield refuse("masks", node, reason, "leave the attention mask out where no row is padded")
 
 

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp [B, H, S]) of q [B, H, S, D] and k, v [B, H or a divisor, T, D]; an added mask [S, T]."""
+    """(output, log-sum-exp [B, H, S]) of q [B, H, S, D] and k, v [B, H or a divisor, T, D]; an added mask [S, T] or
+    [B or 1, 1, S, T]."""
     out: Any = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     return out[0], out[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from mstc.ops.window_attention import WINDOW_ATTENTION, pairs
+from mstc.ops.window_attention import EVERYTHING, WINDOW_ATTENTION, pairs
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 ATTENTION = (SDPA, WINDOW_ATTENTION)
@@ -37,7 +37,7 @@ def window_of(node: fx.Node) -> int | None:
         return None
     window = node.args[3]
     assert isinstance(window, int)
-    return window
+    return None if window == EVERYTHING else window
 
 
 def is_causal(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.fx as fx
 
-from mstc.graph.attention import is_attention, is_causal, window_of
+from mstc.graph.attention import WINDOW_ATTENTION, is_attention, is_causal, window_of
 from mstc.graph.costs import factors_of, is_heavy
 from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.reach import descendants
@@ -205,9 +205,10 @@ def _inside_norm(node: fx.Node) -> bool:
 
 def attention_label(node: fx.Node, mask: str = "") -> str:
     """For example ``attention (causal)``."""
-    window = window_of(node)
-    if window is not None:
-        return f"attention ({MaskFact('sliding_window', is_causal(node), window).label})"
+    if node.target is WINDOW_ATTENTION:
+        beside = (node.kwargs.get("documents"), node.kwargs.get("seen"))
+        said = MaskFact("sliding_window", is_causal(node), window_of(node), *beside)  # type: ignore[arg-type]
+        return f"attention ({said.label})"
     if is_causal(node):
         return "attention (causal)"
     given = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")

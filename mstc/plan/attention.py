@@ -7,7 +7,7 @@ import math
 import torch
 import torch.fx as fx
 
-from mstc.graph.attention import is_causal, window_of
+from mstc.graph.attention import WINDOW_ATTENTION
 from mstc.graph.costs import bytes_of, hint
 from mstc.ops.attention_shape import SHAPE_BACKWARD
 from mstc.ops.loop import is_loop
@@ -27,9 +27,10 @@ _GPU_BACKWARD = (
 def workspace_of_attention(node: fx.Node, kind: str) -> tuple[int, int]:
     """Of scaled dot product attention, forward and backward, on a device of this kind, "cpu" or "cuda"."""
     q, k, v = (n.meta["val"] for n in node.args[:3])  # type: ignore[union-attr]
-    window = window_of(node)
-    if window is not None:
-        return _window(q, k, v, window, is_causal(node), kind)
+    if node.target is WINDOW_ATTENTION:
+        window, causal = node.args[3:5]
+        masked = {node.kwargs.get("documents"), node.kwargs.get("seen")} != {None}
+        return _window(q, k, v, window, causal, masked, kind)  # type: ignore[arg-type]
     if kind != "cpu":
         return 0, _gpu(q, k, v)
     forward, backward = _of_cpu(q)
@@ -49,9 +50,8 @@ def workspace_of_kernel(node: fx.Node, kind: str) -> int:
     if node.target in (FORWARD, BACKWARD):
         at = 0 if node.target is FORWARD else 1
         q, k, v = (_value(node, i) for i in range(at, at + 3))
-        window, causal = node.args[-3:-1]
-        assert isinstance(window, int)
-        return _window(q, k, v, window, bool(causal), kind)[at]
+        window, causal, _, *beside = node.args[-5:]
+        return _window(q, k, v, window, causal, beside != [None, None], kind)[at]  # type: ignore[arg-type]
     return 0
 
 
@@ -98,10 +98,13 @@ def _gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
     return sums + accumulated + expanded
 
 
-def _window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, causal: bool, kind: str) -> tuple[int, int]:
+def _window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, causal: bool, masked: bool, kind: str
+) -> tuple[int, int]:
     """Of attention to a window (`mstc.ops.window_attention`): on a GPU in half precision that of flash kernels; in
-    blocks of queries the mask of one, what the CPU's kernels or the products hold and make, and sums in float32."""
-    if kind != "cpu" and q.dtype.itemsize == 2:
+    blocks of queries the mask of one (of each sequence where documents or hidden keys are ``masked``), what the CPU's
+    kernels or the products hold and make, and sums in float32."""
+    if kind != "cpu" and q.dtype.itemsize == 2 and not masked:
         return 0, _gpu(q, k, v)
     batch, heads, length, width = (hint(s) for s in q.shape)
     rows = min(block_rows(window), length)
@@ -109,7 +112,7 @@ def _window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, caus
     queries, others = batch * heads * rows, batch * hint(k.shape[1]) * keys
     wide, size = max(q.dtype.itemsize, 4), q.dtype.itemsize
     sums = 0 if size == wide else 2 * wide * batch * hint(k.shape[1]) * length * width
-    mask = size * rows * keys
+    mask = size * rows * keys + (masked * batch * rows * keys * (size + 2))  # its booleans, twice while they are joined
     result, gradients = size * queries * (width + 1), size * (queries + 2 * others) * width
     if kind == "cpu":
         forward, backward = _cpu(rows, width)

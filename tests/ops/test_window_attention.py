@@ -109,8 +109,63 @@ def test_nothing_outside_the_window_is_read() -> None:
 
 def test_opcheck() -> None:
     given = [x.float().detach().requires_grad_() for x in operands(70, (4, 2))[:3]]
-    torch.library.opcheck(torch.ops.mstc.window_attention_forward.default, (*given, 16, True, None))
-    torch.library.opcheck(torch.ops.mstc.window_attention.default, (*given, 16, False), {"scale": 0.5})
+    vectors = {"documents": torch.arange(70)[None] // 30, "seen": torch.ones(2, 70, dtype=torch.bool)}
+    for more in ((None, None), vectors.values()):
+        torch.library.opcheck(torch.ops.mstc.window_attention_forward.default, (*given, 16, True, None, *more))
+    torch.library.opcheck(torch.ops.mstc.window_attention.default, (*given, 16, False), {"scale": 0.5, **vectors})
+
+
+# ------------------------------------------------------------------ documents and hidden keys
+
+
+def hidden(length: int) -> dict[str, Tensor]:
+    """Vectors of two sequences: of one the keys at the start are hidden, so that its first queries see nothing, of the
+    other many at the end; documents as they are packed, of different lengths."""
+    at = torch.arange(length)
+    return {
+        "seen": torch.stack([at >= length // 3, at < length // 4]),
+        "documents": torch.stack([at // max(length // 3, 1), (at >= length // 5) * 7]),
+    }
+
+
+@pytest.mark.parametrize("names", [("seen",), ("documents",), ("documents", "seen")])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "window"), [(7, 3), (300, op.EVERYTHING), (600, 100), (600, op.EVERYTHING)])
+@pytest.mark.usefixtures("form")
+def test_documents_and_hidden_keys(length: int, window: int, causal: bool, names: tuple[str, ...]) -> None:
+    q, k, v, grad = operands(length, (4, 2))
+    vectors = {n: x for n, x in hidden(length).items() if n in names}
+    mask = band(length, window, causal)[None]
+    if "seen" in names:
+        mask = mask & vectors["seen"][:, None]
+    if "documents" in names:
+        mask = mask & (vectors["documents"][:, :, None] == vectors["documents"][:, None])
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+    out = window_attention(q, k, v, window, causal, **vectors)
+    for ours, theirs in zip(
+        (out, *torch.autograd.grad(out, (q, k, v), grad)),
+        (wanted, *torch.autograd.grad(wanted, (q, k, v), grad)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("form")
+def test_a_vector_of_all_sequences_and_documents_in_any_order() -> None:
+    q, k, v, _ = operands(300)
+    documents = torch.arange(300)[None] * 7 % 5
+    mask = band(300, op.EVERYTHING, True) & (documents.mT == documents)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(window_attention(q, k, v, op.EVERYTHING, True, documents=documents), wanted)
+
+
+def test_on_a_cpu_other_documents_are_not_read() -> None:
+    q, k, v, _ = (x.detach() for x in operands(600))
+    documents = (torch.arange(600) >= 512)[None]
+    whole = window_attention(q, k, v, op.EVERYTHING, True, documents=documents)
+    k[:, :, :512], v[:, :, :512] = torch.nan, torch.nan
+    after = window_attention(q, k, v, op.EVERYTHING, True, documents=documents)
+    torch.testing.assert_close(after[:, :, 512:], whole[:, :, 512:])
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -6,7 +6,6 @@ import copy
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,101 +14,14 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from mstc.graph.attention import WINDOW_ATTENTION, attention_in
-from mstc.graph.checker import check
-from mstc.graph.editor import Editor
+from mstc.graph.attention import WINDOW_ATTENTION
 from mstc.graph.normal_form import normalize
-from mstc.graph.predicates.facts import MaskFact
 from mstc.options import Options
 from mstc.passes.base import Context
-from mstc.passes.masks import MASKS, Assumed, MaskSite
-from mstc.report import Refusal
+from mstc.passes.masks import MASKS
+from testkit.mask_pass import Seen, attend, band, causal, compiled, queries, run_pass, same_numbers
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Seen:
-    """What the pass did to one graph."""
-
-    before: fx.GraphModule
-    after: fx.GraphModule
-    sites: list[MaskSite]
-    refusals: list[Refusal]
-    facts: dict[fx.Node, MaskFact]
-    assumed: dict[fx.Node, Assumed]
-    inputs: list[Any] = field(default_factory=list)
-
-    @property
-    def labels(self) -> list[str]:
-        order = [n for n in self.after.graph.nodes if n in self.facts]
-        return [self.facts[n].label for n in order]
-
-    @property
-    def attention(self) -> list[fx.Node]:
-        return attention_in(self.after.graph)
-
-
-def run_pass(gm: fx.GraphModule, inputs: list[Any], *, offer_buffers: bool = False) -> Seen:
-    """Normal form and the pass on one Dynamo graph; the graph before is kept."""
-    form = normalize(gm, inputs)
-    ctx = Context(Options(), form.training)
-    if offer_buffers:
-        placeholders = form.gm.graph.find_nodes(op="placeholder")
-        ctx.facts["inputs"] = {
-            n: t for n, t in zip(placeholders, inputs, strict=True) if "_buffers_" in n.meta["user_name"]
-        }
-    before = copy.deepcopy(form.gm)
-    found = list(MASKS.find(form.gm, ctx))
-    assert str(before.graph) == str(form.gm.graph), "find changed the graph"
-    sites = [f for f in found if isinstance(f, MaskSite)]
-    editor = Editor(form.gm)
-    for site in sites:
-        MASKS.apply(editor, site, ctx)
-    editor.finish()
-    check(form.gm)
-    assert len(editor.edits) == len(sites)
-    refusals = [f for f in found if isinstance(f, Refusal)]
-    return Seen(before, form.gm, sites, refusals, ctx.facts.get("masks", {}), ctx.facts.get("assumed", {}), inputs)
-
-
-def compiled(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, offer_buffers: bool = False) -> Seen:
-    """Compile and run ``fn`` with the pass; its result must be that of the function as it is written."""
-    seen: list[Seen] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        seen.append(run_pass(gm, inputs, offer_buffers=offer_buffers))
-        return seen[-1].after
-
-    torch._dynamo.reset()
-    result = torch.compile(fn, backend=backend, dynamic=dynamic)(*args)
-    torch.testing.assert_close(result, fn(*args), rtol=1e-5, atol=1e-5)
-    if not seen[0].attention:
-        return next(s for s in seen if s.attention)
-    return seen[0]
-
-
-def same_numbers(seen: Seen) -> None:
-    """Both graphs give the same values on the same inputs."""
-    torch.testing.assert_close(list(seen.after(*seen.inputs)), list(seen.before(*seen.inputs)), rtol=1e-5, atol=1e-5)
-
-
-def attend(build: Callable[[torch.Tensor], torch.Tensor | None], **kwargs: Any) -> Callable[..., torch.Tensor]:
-    """Attention of q with itself under a mask built from q's length."""
-
-    def fn(q: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, q, q, attn_mask=build(q, *more), **kwargs)
-
-    return fn
-
-
-def causal(q: torch.Tensor) -> torch.Tensor:
-    i = torch.arange(q.shape[-2])
-    return i <= i[:, None]
-
-
-def queries(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 # ------------------------------------------------------------------ what is rewritten
@@ -274,11 +186,6 @@ def test_a_window_becomes_attention_to_a_window(causal: bool, scale: float | Non
     same_numbers(seen)
 
 
-def band(q: torch.Tensor, length: int | None = None) -> torch.Tensor:
-    distance = torch.arange(q.shape[-2])[:, None] - torch.arange(length or q.shape[-2])
-    return (distance >= 0) & (distance < 4)
-
-
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
@@ -316,15 +223,15 @@ def test_queries_and_keys_of_different_lengths() -> None:
         (lambda q, d: causal(q) & (d != 0), "causal, padding"),
     ],
 )
-def test_structure_that_comes_at_run_time_is_recorded_and_refused(build: Any, label: str) -> None:
+def test_a_short_mask_that_comes_at_run_time_is_recorded_and_refused(build: Any, label: str) -> None:
     seen = compiled(attend(build), queries(2, 4, 6, 8), torch.tensor([1, 1, 1, 0, 0, 0]))
     assert seen.labels == [label]
     assert not seen.sites
     (refusal,) = seen.refusals
     assert label in refusal.reason
-    assert "more" in refusal.reason
+    assert "fewer than 1024 tokens" in refusal.reason
     assert refusal.remedy
-    assert "test_masks.py" in refusal.source
+    assert "mask_pass.py" in refusal.source
 
 
 def test_a_mask_given_as_an_input_is_refused() -> None:

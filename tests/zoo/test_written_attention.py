@@ -55,17 +55,6 @@ def outcome(result: Comparison) -> tuple[int, int]:
     )
 
 
-def scores_left(result: Comparison, length: int = 50) -> list[str]:
-    """Values with two dimensions of tokens."""
-    found = []
-    for gm in result.graphs:
-        for n in gm.graph.nodes:
-            value = n.meta.get("val")
-            if isinstance(value, Tensor) and list(value.shape).count(length) > 1:
-                found.append(f"{n.name} {tuple(value.shape)}")
-    return found
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_exact_and_nothing_of_all_pairs(name: str) -> None:
     make, fused, chunks = CASES[name]
@@ -79,7 +68,7 @@ def test_exact_and_nothing_of_all_pairs(name: str) -> None:
     print(result.describe())
     result.check()
     assert outcome(result) == (fused, chunks)
-    assert scores_left(result) == []
+    assert result.of_all_pairs(50) == []
 
 
 def test_padding() -> None:
@@ -94,7 +83,7 @@ def test_padding() -> None:
     print(result.describe())
     result.check()
     assert outcome(result) == (0, 2)
-    assert scores_left(result) == []
+    assert result.of_all_pairs(50) == []
 
 
 @pytest.mark.parametrize("kind", ["deberta-v2", "swin"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from mstc.cli.bench.written import KINDS, WrittenDecoder
@@ -16,7 +17,8 @@ __all__ = ["MODELS", "ModelSize", "build_model", "checkpoint_layers"]
 class ModelSize:
     """The sizes of a Llama: width, MLP width, layers, heads, key/value heads, vocabulary.
 
-    attention: a kind of `mstc.cli.bench.written` instead of a Llama; window: a Mistral that attends to so many keys.
+    attention: a kind of `mstc.cli.bench.written` instead of a Llama; window: a Mistral that attends to so many keys;
+    batch: "padded", 512 tokens on the left, or "packed", documents of 1024 tokens, told beside the ids.
     """
 
     hidden: int
@@ -27,13 +29,17 @@ class ModelSize:
     vocab: int
     attention: str = ""
     window: int = 0
+    batch: Literal["", "padded", "packed"] = ""
 
 
+_LLAMA = ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000)
 MODELS: dict[str, ModelSize] = {
-    "llama": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000),
+    "llama": _LLAMA,
+    "llama-padded": replace(_LLAMA, batch="padded"),
+    "llama-packed": replace(_LLAMA, batch="packed"),
     "llama-bytes": ModelSize(hidden=128, intermediate=448, layers=4, heads=4, kv_heads=2, vocab=256),
     "llama-tiny": ModelSize(hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=256),
-    "mistral": ModelSize(hidden=512, intermediate=1792, layers=4, heads=8, kv_heads=2, vocab=32000, window=1024),
+    "mistral": replace(_LLAMA, window=1024),
     "llama3-8b": ModelSize(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
     **{
         f"written-{kind}": ModelSize(256, 0, layers=2, heads=4, kv_heads=4, vocab=256, attention=kind) for kind in KINDS
@@ -64,8 +70,23 @@ def build_model(size: ModelSize, layers: int | None = None) -> nn.Module:
         model = MistralForCausalLM(MistralConfig(**settings, sliding_window=size.window))
     else:
         model = LlamaForCausalLM(LlamaConfig(**settings))
+    if size.batch:
+        model.model.register_forward_pre_hook(_Batches(size.batch), with_kwargs=True)
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+class _Batches:
+    """Hands what a tokenizer or a packing collator tells of a batch to a model's trunk, as values of run time."""
+
+    def __init__(self, kind: Literal["padded", "packed"]) -> None:
+        at = torch.arange(1 << 20)
+        name, values = ("attention_mask", (at >= 512).long()) if kind == "padded" else ("position_ids", at % 1024)
+        self._name, self._values = name, values
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = kwargs["input_ids"]
+        return args, {**kwargs, self._name: self._values[: ids.shape[1]].to(ids.device).expand(ids.shape)}
 
 
 def checkpoint_layers(model: Any, **settings: Any) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import sympy
 import torch
 import torch.fx as fx
 
 from mstc.graph.predicates.call import dtype_of, shape_of
-from mstc.graph.predicates.facts import Kind, MaskFact
+from mstc.graph.predicates.facts import Kind, MaskFact, Seen, Vector
 from mstc.graph.predicates.pointwise import each
 from mstc.graph.predicates.reader import Reader
 from mstc.graph.predicates.reading import Leaf
@@ -70,7 +71,7 @@ def fact_of(mask: fx.Node, queries: Expr, keys: Expr, reader: Reader, *, hides: 
     found = structure_of(kept, i, j, reader)
     if found is None:
         return Unproven("it keeps a set of positions that is no band of diagonals", _leaves(symbols(kept), reader))
-    return _named(found, i, j, reader)
+    return _named(found, i, j, leading[0] if len(leading) == 2 else None, reader)
 
 
 # ------------------------------------------------------------------ masks that are added
@@ -122,17 +123,18 @@ def _leaves(found: Iterable[Expr], reader: Reader) -> tuple[Leaf, ...]:
 # ------------------------------------------------------------------ naming
 
 
-def _named(found: Structure, i: Expr, j: Expr, reader: Reader) -> MaskFact | Unproven:
-    """The structure in people's words, if there are any for it."""
-    documents: fx.Node | None = None
-    padding: fx.Node | None = None
+def _named(found: Structure, i: Expr, j: Expr, sequence: Expr | None, reader: Reader) -> MaskFact | Unproven:
+    """The structure in people's words, if there are any for it; sequence: the position in the batch, if it has one."""
+    documents: Leaf | None = None
+    padding: Leaf | None = None
+    seen: Seen | None = None
     for part in conjuncts(found.rest) - {TRUE}:
         same = _document(part, i, j, reader)
         only_keys = _padding(part, i, reader)
         if same is not None and documents is None:
             documents = same
         elif only_keys is not None and padding is None:
-            padding = only_keys
+            padding, seen = only_keys, _seen(part, only_keys, j, sequence)
         else:
             return Unproven("it depends on values in a form that has no name", _leaves(symbols(found.rest), reader))
     if found.low not in (None, 0) and (found.high is None or found.low != -found.high):
@@ -141,10 +143,12 @@ def _named(found: Structure, i: Expr, j: Expr, reader: Reader) -> MaskFact | Unp
         return Unproven(f"it keeps the diagonals up to {found.high} (query minus key)")
     causal = found.low == 0
     window = None if found.high is None else found.high + 1
-    return MaskFact(_kind(causal, window, documents, padding), causal, window, documents, padding)
+    ids = None if documents is None else _vector(documents, i, sequence)
+    ids_in, seen_in = (None if leaf is None else leaf.node for leaf in (documents, padding))
+    return MaskFact(_kind(causal, window, documents, padding), causal, window, ids_in, seen_in, ids, seen)
 
 
-def _kind(causal: bool, window: int | None, documents: fx.Node | None, padding: fx.Node | None) -> Kind:
+def _kind(causal: bool, window: int | None, documents: Leaf | None, padding: Leaf | None) -> Kind:
     if documents is not None:
         return "document"
     if padding is not None:
@@ -154,8 +158,8 @@ def _kind(causal: bool, window: int | None, documents: fx.Node | None, padding: 
     return "causal" if causal else "all_true"
 
 
-def _document(part: Formula, i: Expr, j: Expr, reader: Reader) -> fx.Node | None:
-    """The node f, for a condition f(i) == f(j): both sides are leaves, one the other with i and j exchanged."""
+def _document(part: Formula, i: Expr, j: Expr, reader: Reader) -> Leaf | None:
+    """The leaf f(i), for a condition f(i) == f(j): both sides are leaves, one the other with i and j exchanged."""
     if not isinstance(part, Same):
         return None
     sides = [s for s in part.expr.free_symbols if s in reader.leaves]
@@ -166,15 +170,15 @@ def _document(part: Formula, i: Expr, j: Expr, reader: Reader) -> fx.Node | None
     if not _reads(leaf, i) or _reads(leaf, j):
         return None
     turned = tuple(k.subs(i, j) for k in leaf.index)
-    return leaf.node if reader.value(leaf.node, turned) == second else None
+    return leaf if reader.value(leaf.node, turned) == second else None
 
 
 def _reads(leaf: Leaf, position: Expr) -> bool:
     return any(position in k.free_symbols for k in leaf.index)
 
 
-def _padding(part: Formula, i: Expr, reader: Reader) -> fx.Node | None:
-    """The node with m, for a condition m(j) that reads no query."""
+def _padding(part: Formula, i: Expr, reader: Reader) -> Leaf | None:
+    """The leaf m(j), for a condition on it that reads no query."""
     atom = part.atom if isinstance(part, Not) else part
     if not isinstance(atom, Holds | Same):
         return None
@@ -182,4 +186,27 @@ def _padding(part: Formula, i: Expr, reader: Reader) -> fx.Node | None:
     if len(found) != 1 or i in symbols(part):
         return None
     leaf = reader.leaves[found[0]]
-    return None if _reads(leaf, i) else leaf.node
+    return None if _reads(leaf, i) else leaf
+
+
+def _seen(part: Formula, leaf: Leaf, j: Expr, sequence: Expr | None) -> Seen | None:
+    """The condition m(j) as it can be computed."""
+    atom, negated = (part.atom, True) if isinstance(part, Not) else (part, False)
+    vector = _vector(leaf, j, sequence)
+    if vector is None:
+        return None
+    if isinstance(atom, Holds):
+        return Seen(vector, None, negated)
+    solutions = sympy.solve(atom.expr, *symbols(part)) if isinstance(atom, Same) else []
+    return Seen(vector, int(solutions[0]), negated) if solutions and solutions[0].is_Integer else None
+
+
+def _vector(leaf: Leaf, position: Expr, sequence: Expr | None) -> Vector | None:
+    """A leaf that is read once per position of each sequence, or of all alike."""
+    names: dict[Expr, Literal["sequence", "position"]] = {position: "position"}
+    if sequence is not None and sequence.free_symbols:
+        names[sequence] = "sequence"
+    places = tuple(names.get(at, int(at) if at.is_Integer else None) for at in leaf.index)
+    if None in places or places.count("position") != 1 or places.count("sequence") > 1:
+        return None
+    return Vector(leaf.node, places)  # type: ignore[arg-type]

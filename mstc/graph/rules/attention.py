@@ -32,10 +32,12 @@ def _leading(query: tuple[Size, ...], key: tuple[Size, ...]) -> tuple[int | Lost
 
 
 def window_attention(call: Call) -> Flow | None:
-    """The same over keys s - window < t: where a query stands tells which keys it sees."""
+    """The same over keys s - window < t, of the query's document, not hidden: where a query stands tells which keys it
+    sees."""
     query, key = call.shape(0), call.shape(1)
     batch = tuple(d if same(query[d], key[d]) else MIXED for d in range(2))
-    return call.flow((*_leading(query, key), MIXED, MIXED), (*batch, MIXED, MIXED), (*batch, MIXED, 3))
+    vectors: list[Map] = [(0 if same(shape[0], query[0]) else MIXED, MIXED) for shape in call.shapes[3:]]
+    return call.flow((*_leading(query, key), MIXED, MIXED), (*batch, MIXED, MIXED), (*batch, MIXED, 3), *vectors)
 
 
 ATTENTION_RULES: dict[object, Rule] = {SDPA: attention, WINDOW_ATTENTION: window_attention}

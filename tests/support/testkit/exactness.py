@@ -47,6 +47,12 @@ class Comparison:
     def loops(self) -> int:
         return sum(len(loops_of(gm)) for gm in self.graphs)
 
+    def of_all_pairs(self, length: int) -> list[str]:
+        """The values in the lowered graphs with two dimensions of so many tokens."""
+        values = [(n.name, n.meta.get("val")) for gm in self.graphs for n in gm.graph.nodes]
+        shapes = [(name, tuple(v.shape)) for name, v in values if isinstance(v, Tensor)]
+        return [f"{name} {shape}" for name, shape in shapes if shape.count(length) > 1]
+
     def check(self, dtype: torch.dtype = torch.float64) -> None:
         bound = BOUNDS[dtype]
         assert not self.missing, f"gradients on one side only: {self.missing}"

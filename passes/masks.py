@@ -42,7 +42,7 @@ from mstc.graph.costs import hint
 from mstc.graph.editor import Editor
 from mstc.graph.predicates.call import Call, Unread, call_of, shape_of, size
 from mstc.graph.predicates.constants import Bands, Ramp, describe
-from mstc.graph.predicates.facts import MaskFact
+from mstc.graph.predicates.facts import MaskFact, Vector
 from mstc.graph.predicates.marks import marked
 from mstc.graph.predicates.reader import Known, Reader
 from mstc.graph.predicates.verdict import Unproven, fact_of
@@ -180,8 +180,10 @@ def _vectors_obstacle(node: fx.Node, fact: MaskFact) -> str:
     call = call_of(node)
     assert call is not None
     mask: torch.Tensor = call.node_arg(3).meta["val"]
-    if (fact.documents is not None and fact.ids is None) or (fact.padding is not None and fact.seen is None):
-        return "its values are read in another order than that of tokens"
+    seen = None if fact.seen is None else fact.seen.vector
+    for node_read, vector in ((fact.documents, fact.ids), (fact.padding, seen)):
+        if node_read is not None and (vector is None or not _of_batch(vector, mask.shape[0])):
+            return "its values are read in another order than that of tokens"
     if mask.device.type != "cpu":
         return "fused kernels of GPUs take it whole"
     if mask.dtype is not torch.bool:
@@ -189,6 +191,12 @@ def _vectors_obstacle(node: fx.Node, fact: MaskFact) -> str:
     if hint(mask.shape[-1]) < FEWEST_TOKENS:
         return f"fewer than {FEWEST_TOKENS} tokens: it is small"
     return window_obstacle(call)
+
+
+def _of_batch(vector: Vector, sequences: Any) -> bool:
+    """Whether it has a value for each sequence and no more (what lies behind the last token does no harm)."""
+    shape = shape_of(vector.node)
+    return all(shape[d] == size(sequences) for d, place in enumerate(vector.places) if place == "sequence")
 
 
 def _left(node: fx.Node, fact: MaskFact, obstacle: str) -> Iterator[Refusal]:

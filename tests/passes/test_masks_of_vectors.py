@@ -36,6 +36,7 @@ VECTORS: dict[str, tuple[Callable[..., torch.Tensor], str, set[str]]] = {
     "bool": (lambda q, d: causal(q) & d.bool()[:, None, None], "causal, padding", {"seen"}),
     "not bool": (lambda q, d: ~d.bool()[:, None, None].expand(2, 1, 7, 7), "padding", {"seen"}),
     "of one sequence": (lambda q, d: causal(q) & (d[1] != 0), "causal, padding", {"seen"}),
+    "of more tokens": (lambda q, d: same_document(d.repeat(1, 2).sort()[0][:, :7]), "documents", {"documents"}),
     "window": (lambda q, d: band(q) & d.bool()[:, None, None], "causal, window 4, padding", {"seen"}),
     "both": (
         lambda q, d: causal(q) & same_document(d) & (d != 1)[:, None, None],
@@ -54,7 +55,7 @@ def test_documents_and_padding_are_vectors(name: str) -> None:
     assert seen.labels == [label]
     (call,) = seen.attention
     assert call.target is WINDOW_ATTENTION and set(call.kwargs) == {"scale", *vectors}
-    assert all(call.kwargs[n].meta["val"].shape in ((1, 7), (2, 7)) for n in vectors)
+    assert all(call.kwargs[n].meta["val"].shape[0] in (1, 2) for n in vectors)
     shapes = [n.meta["val"].shape for n in seen.after.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     assert not any(list(shape).count(7) > 1 for shape in shapes)
     same_numbers(seen)
@@ -65,6 +66,8 @@ def test_documents_and_padding_are_vectors(name: str) -> None:
     [
         (lambda q, d: torch.where(d == 0, -1e38, 0.0)[:, None, None].expand(2, 1, 7, 7), "average"),
         (lambda q, d: causal(q) & (d.flip(1) != 0)[:, None, None], "another order"),
+        (lambda q, d: causal(q) & (2 * d != 6)[:, None, None], "another order"),
+        (lambda q, d: causal(q) & same_document(d.repeat(2, 1).sort()[0][:2]), "another order"),
     ],
 )
 @pytest.mark.usefixtures("of_any_length")

@@ -197,8 +197,11 @@ def _seen(part: Formula, leaf: Leaf, j: Expr, sequence: Expr | None) -> Seen | N
         return None
     if isinstance(atom, Holds):
         return Seen(vector, None, negated)
-    solutions = sympy.solve(atom.expr, *symbols(part)) if isinstance(atom, Same) else []
-    return Seen(vector, int(solutions[0]), negated) if solutions and solutions[0].is_Integer else None
+    (symbol,) = symbols(part)
+    if not isinstance(atom, Same) or abs(atom.expr.coeff(symbol)) != 1:
+        return None  # 2 m == 4 has two solutions modulo 2**64
+    equals = (symbol - atom.expr / atom.expr.coeff(symbol)).expand()
+    return Seen(vector, int(equals), negated) if equals.is_Integer else None
 
 
 def _vector(leaf: Leaf, position: Expr, sequence: Expr | None) -> Vector | None:

@@ -148,37 +148,30 @@ def _outcome(node: fx.Node, proof: _Proof, ctx: Context, *, same_length: bool) -
     if isinstance(fact, Unproven):
         yield _refuse_unproven(node, fact)
         return
-    rewrite: Rewrite | None = None
-    if fact.kind == "all_true":
-        rewrite = "no mask"
-    elif fact.kind == "causal" and same_length:
-        rewrite = "is_causal"
-    elif fact.kind == "causal":
-        yield refuse("masks", node, "the mask is causal, but there are not provably as many queries as keys")
-        return
-    elif fact.kind == "sliding_window":
-        call = call_of(node)
-        assert call is not None
-        obstacle = window_obstacle(call)
-        if obstacle:
-            yield refuse("masks", node, f"the mask of a window ({fact.label}) stays: {obstacle}")
-        else:
-            rewrite = "window"
-    if rewrite is not None:
+    rewrite, obstacle = _rewrite_of(node, fact, same_length)
+    if not obstacle:
         yield MaskSite(node, fact, rewrite, proof.buffers)
         return
-    obstacle = _vectors_obstacle(node, fact)
-    if not obstacle:
-        yield MaskSite(node, fact, "vectors", proof.buffers)
-        return
-    ctx.facts.setdefault("masks", {})[node] = fact
+    if fact.kind != "causal":
+        ctx.facts.setdefault("masks", {})[node] = fact
     yield from _left(node, fact, obstacle)
 
 
-def _vectors_obstacle(node: fx.Node, fact: MaskFact) -> str:
-    """Why ``mstc::window_attention`` cannot stand for attention with a mask of documents or padding, "" if it can."""
+def _rewrite_of(node: fx.Node, fact: MaskFact, same_length: bool) -> tuple[Rewrite, str]:
+    """What becomes of a call with such a mask, and why it cannot, "" if it can."""
     call = call_of(node)
     assert call is not None
+    if fact.kind == "all_true":
+        return "no mask", ""
+    if fact.kind == "causal":
+        return "is_causal", "" if same_length else "there are not provably as many queries as keys"
+    if fact.kind == "sliding_window":
+        return "window", window_obstacle(call)
+    return "vectors", _vectors_obstacle(call, fact)
+
+
+def _vectors_obstacle(call: Call, fact: MaskFact) -> str:
+    """Why ``mstc::window_attention`` cannot stand for attention with a mask of documents or padding, "" if it can."""
     mask: torch.Tensor = call.node_arg(3).meta["val"]
     seen = None if fact.seen is None else fact.seen.vector
     for node_read, vector in ((fact.documents, fact.ids), (fact.padding, seen)):
@@ -200,7 +193,11 @@ def _of_batch(vector: Vector, sequences: Any) -> bool:
 
 
 def _left(node: fx.Node, fact: MaskFact, obstacle: str) -> Iterator[Refusal]:
-    """Why a mask stays whose structure is known but for values that come at run time."""
+    """Why a mask stays whose structure is known, but for values that may come at run time."""
+    if fact.kind == "causal":
+        yield refuse("masks", node, f"the mask is causal, but {obstacle}")
+    if fact.kind == "sliding_window":
+        yield refuse("masks", node, f"the mask of a window ({fact.label}) stays: {obstacle}")
     documents = _input_names([fact.documents]) if fact.documents is not None else ""
     if documents:
         reason = (

@@ -18,6 +18,7 @@ __all__ = [
     "is_attention",
     "is_causal",
     "share_seen",
+    "vectors_of",
     "window_of",
 ]
 
@@ -38,6 +39,14 @@ def window_of(node: fx.Node) -> int | None:
     window = node.args[3]
     assert isinstance(window, int)
     return None if window == EVERYTHING else window
+
+
+def vectors_of(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """What tells a call the document of each token, and which keys are not hidden; None where nothing does."""
+    documents, seen = (node.kwargs.get(name) for name in ("documents", "seen"))
+    assert documents is None or isinstance(documents, fx.Node)
+    assert seen is None or isinstance(seen, fx.Node)
+    return documents, seen
 
 
 def is_causal(node: fx.Node) -> bool:

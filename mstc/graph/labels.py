@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.fx as fx
 
-from mstc.graph.attention import WINDOW_ATTENTION, is_attention, is_causal, window_of
+from mstc.graph.attention import WINDOW_ATTENTION, is_attention, is_causal, vectors_of, window_of
 from mstc.graph.costs import factors_of, is_heavy
 from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.reach import descendants
@@ -206,9 +206,8 @@ def _inside_norm(node: fx.Node) -> bool:
 def attention_label(node: fx.Node, mask: str = "") -> str:
     """For example ``attention (causal)``."""
     if node.target is WINDOW_ATTENTION:
-        beside = (node.kwargs.get("documents"), node.kwargs.get("seen"))
-        said = MaskFact("sliding_window", is_causal(node), window_of(node), *beside)  # type: ignore[arg-type]
-        return f"attention ({said.label})"
+        fact = MaskFact("sliding_window", is_causal(node), window_of(node), *vectors_of(node))
+        return f"attention ({fact.label})"
     if is_causal(node):
         return "attention (causal)"
     given = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.fx as fx
 
-from mstc.graph.attention import WINDOW_ATTENTION
+from mstc.graph.attention import WINDOW_ATTENTION, vectors_of
 from mstc.graph.costs import bytes_of, hint
 from mstc.ops.attention_shape import SHAPE_BACKWARD
 from mstc.ops.loop import is_loop
@@ -29,8 +29,8 @@ def workspace_of_attention(node: fx.Node, kind: str) -> tuple[int, int]:
     q, k, v = (n.meta["val"] for n in node.args[:3])  # type: ignore[union-attr]
     if node.target is WINDOW_ATTENTION:
         window, causal = node.args[3:5]
-        masked = {node.kwargs.get("documents"), node.kwargs.get("seen")} != {None}
-        return _window(q, k, v, window, causal, masked, kind)  # type: ignore[arg-type]
+        assert isinstance(window, int)
+        return _window(q, k, v, window, bool(causal), any(vectors_of(node)), kind)
     if kind != "cpu":
         return 0, _gpu(q, k, v)
     forward, backward = _of_cpu(q)
@@ -51,7 +51,8 @@ def workspace_of_kernel(node: fx.Node, kind: str) -> int:
         at = 0 if node.target is FORWARD else 1
         q, k, v = (_value(node, i) for i in range(at, at + 3))
         window, causal, _, *beside = node.args[-5:]
-        return _window(q, k, v, window, causal, beside != [None, None], kind)[at]  # type: ignore[arg-type]
+        assert isinstance(window, int)
+        return _window(q, k, v, window, bool(causal), any(beside), kind)[at]
     return 0
 
 

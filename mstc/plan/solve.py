@@ -49,17 +49,22 @@ def fits(stages: Sequence[Stage], resident: int, budget: int) -> bool:
     return _Program.of(stages, resident, timed=False).fastest(budget) is not None
 
 
-def least_peak(stages: Sequence[Stage], resident: int) -> Solution:
-    """The plan of least peak, to a two-thousandth of it, and the fastest of those."""
+def least_bytes(stages: Sequence[Stage], resident: int) -> int:
+    """The smallest budget, to a two-thousandth of it, under which there is a plan."""
+    without_time = _Program.of(stages, resident, timed=False)
     low, high = resident, peak_of(stages, [min(s.options, key=lambda o: o.saved) for s in stages], resident)
-    program, without_time = _Program.of(stages, resident), _Program.of(stages, resident, timed=False)
     while high - low > max(high // 2000, 1):
         middle = (low + high) // 2
         if without_time.fastest(middle) is None:
             low = middle
         else:
             high = middle
-    best = program.fastest(high)
+    return high
+
+
+def least_peak(stages: Sequence[Stage], resident: int) -> Solution:
+    """The plan of least peak, to a two-thousandth of it, and the fastest of those."""
+    best = _Program.of(stages, resident).fastest(least_bytes(stages, resident))
     assert best is not None
     return best
 

@@ -32,16 +32,24 @@ def operands(
     return [x.to(dtype).transpose(1, 2).requires_grad_(i < 3) for i, x in enumerate(made)]
 
 
-def expected(given: list[Tensor], window: int, causal: bool, scale: float | None = None) -> tuple[Tensor, ...]:
+def expected(
+    given: list[Tensor], window: int, causal: bool, scale: float | None = None, **vectors: Tensor
+) -> tuple[Tensor, ...]:
     q, k, v, grad = given
     mask = band(q.shape[2], window, causal)
+    if "seen" in vectors:
+        mask = mask & vectors["seen"][:, None, None]
+    if "documents" in vectors:
+        mask = mask & (vectors["documents"][:, None, :, None] == vectors["documents"][:, None, None])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out, *torch.autograd.grad(out, (q, k, v), grad)
 
 
-def found(given: list[Tensor], window: int, causal: bool, scale: float | None = None) -> tuple[Tensor, ...]:
+def found(
+    given: list[Tensor], window: int, causal: bool, scale: float | None = None, **vectors: Tensor
+) -> tuple[Tensor, ...]:
     q, k, v, grad = given
-    out = window_attention(q, k, v, window, causal, scale=scale)
+    out = window_attention(q, k, v, window, causal, scale=scale, **vectors)
     return out, *torch.autograd.grad(out, (q, k, v), grad)
 
 
@@ -133,30 +141,18 @@ def hidden(length: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("length", "window"), [(7, 3), (300, op.EVERYTHING), (600, 100), (600, op.EVERYTHING)])
 @pytest.mark.usefixtures("form")
 def test_documents_and_hidden_keys(length: int, window: int, causal: bool, names: tuple[str, ...]) -> None:
-    q, k, v, grad = operands(length, (4, 2))
+    given = operands(length, (4, 2))
     vectors = {n: x for n, x in hidden(length).items() if n in names}
-    mask = band(length, window, causal)[None]
-    if "seen" in names:
-        mask = mask & vectors["seen"][:, None]
-    if "documents" in names:
-        mask = mask & (vectors["documents"][:, :, None] == vectors["documents"][:, None])
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
-    out = window_attention(q, k, v, window, causal, **vectors)
-    for ours, theirs in zip(
-        (out, *torch.autograd.grad(out, (q, k, v), grad)),
-        (wanted, *torch.autograd.grad(wanted, (q, k, v), grad)),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    ours, theirs = (compute(given, window, causal, **vectors) for compute in (found, expected))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("form")
 def test_a_vector_of_all_sequences_and_documents_in_any_order() -> None:
-    q, k, v, _ = operands(300)
-    documents = torch.arange(300)[None] * 7 % 5
-    mask = band(300, op.EVERYTHING, True) & (documents.mT == documents)
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(window_attention(q, k, v, op.EVERYTHING, True, documents=documents), wanted)
+    given, documents = operands(300), torch.arange(300)[None] * 7 % 5
+    ours, theirs = (compute(given, op.EVERYTHING, True, documents=documents) for compute in (found, expected))
+    torch.testing.assert_close(ours[0], theirs[0])
 
 
 def test_on_a_cpu_other_documents_are_not_read() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from mstc.cli.plan.building import eager_attention
 from mstc.cli.plan.draft import Planned, plan_for
 from mstc.cli.plan.models import Target
 from mstc.cli.plan.peers import FLASH, SYSTEMS, Peer, readings_for, systems_for
+from mstc.cli.plan.search import MOST, last_that_fits
 from mstc.cli.plan.setting import Setting
 from mstc.errors import PlanError
 from mstc.plan.devices import Device
@@ -21,7 +21,7 @@ from mstc.plan.words import bytes_text, in_words
 AWAY = "mstc, offloading"
 OFFLOADING = Levers(offload=True)
 GRAIN = 256  # tokens to which the longest length of a peer is told
-FEWEST, MOST = 1024, 1 << 26  # tokens between which it is sought
+FEWEST = 1024  # tokens of the shortest that is told
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def answer(
 
 
 def _does_not_fit(target: Target, planned: Planned, device: Device) -> PlanError:
-    need = max(planned.least(FEWEST).peak, planned.resident + planned.gradients + planned.stepping)
+    need = max(planned.least(FEWEST).peak, planned.stepped)
     return PlanError(
         f"{target.name} does not fit on {device.label}: {FEWEST} tokens need {bytes_text(need)} of "
         f"{bytes_text(device.usable())}; take a larger device or an optimizer that holds less"
@@ -164,11 +164,8 @@ def _peer(system: str, target: Target, setting: Setting, seq: int | None) -> Row
 def longest_of(peak: Callable[[int], int], budget: int) -> int:
     """The most tokens, in steps of `GRAIN`, whose ``peak`` (which grows with them) stays within the budget; 0 where
     `FEWEST` exceed it."""
-    if peak(FEWEST) > budget:
-        return 0
-    return FEWEST + GRAIN * bisect_right(
-        range((MOST - FEWEST) // GRAIN), budget, key=lambda i: peak(FEWEST + GRAIN * (i + 1))
-    )
+    longest = last_that_fits(lambda tokens: peak(tokens) - budget, GRAIN)
+    return longest if longest >= FEWEST else 0
 
 
 def longest_in_blocks(fits: Callable[[int], bool], longest: int) -> int:

@@ -12,6 +12,7 @@ from mstc import compat
 from mstc.cli.plan.building import build, loss_of
 from mstc.cli.plan.layers import Layers, shortened
 from mstc.cli.plan.models import Target
+from mstc.cli.plan.search import last_that_fits
 from mstc.cli.plan.setting import Setting
 from mstc.cli.target import tracing
 from mstc.compat import autocast
@@ -23,7 +24,7 @@ from mstc.passes.memory_budget import Draft, draft_of
 from mstc.pipeline import prepare
 from mstc.plan.devices import Device
 from mstc.plan.lengths import Growing, readings
-from mstc.plan.solve import Solution, fits, frontier, least_peak, solve
+from mstc.plan.solve import Solution, fits, frontier, least_bytes, least_peak, solve
 from mstc.plan.stages import ALL_LEVERS, Levers, Stage, stages_of
 from mstc.report import Report
 
@@ -55,13 +56,18 @@ class Planned:
         return self.parameters + self.state
 
     def fastest(self, tokens: int, budget: int, levers: Levers = ALL_LEVERS) -> Solution | None:
-        if self.resident + self.gradients + self.stepping > budget:
+        if self.stepped > budget:
             return None
         return solve(self.stages(tokens, levers), self.resident, budget)
 
     @property
     def gradients(self) -> int:
         return self.parameters
+
+    @property
+    def stepped(self) -> int:
+        """Bytes that are held while the optimizer steps."""
+        return self.resident + self.gradients + self.stepping
 
     def least(self, tokens: int) -> Solution:
         return least_peak(self.stages(tokens), self.resident)
@@ -71,40 +77,17 @@ class Planned:
 
     def longest(self, budget: int, levers: Levers = ALL_LEVERS, grain: int = 1024) -> int:
         """The most tokens that fit, in steps of ``grain``, or all for which there are positions; 0 where none does."""
-        if self.resident + self.gradients + self.stepping > budget:
+        if self.stepped > budget:
             return 0
 
         def over(tokens: int) -> int:
-            """Bytes that the least peak lies above the budget, not positive where a plan fits."""
             stages = self.stages(tokens, levers)
-            spare = budget - least_peak(stages, self.resident).peak
-            return min(-spare, 0) if fits(stages, self.resident, budget) else max(-spare, 1)
+            above = least_bytes(stages, self.resident) - budget
+            return min(above, 0) if fits(stages, self.resident, budget) else max(above, 1)
 
         if self.positions and over(self.positions) <= 0:
             return self.positions
-        return _crossing(over, grain)
-
-
-def _crossing(over: Callable[[int], int], grain: int, most: int = 1 << 26) -> int:
-    """The last multiple of ``grain``, up to ``most``, at which ``over`` is not positive, sought where a line crosses
-    zero (the Illinois method: an end that stays twice counts half, lest the other creep)."""
-    ends, values = [0, 8 * grain], [-1.0, float(over(8 * grain))]
-    while values[1] <= 0:
-        if ends[1] >= most:
-            return ends[1]
-        ends, values = [ends[1], 4 * ends[1]], [values[1], float(over(4 * ends[1]))]
-    moved = None
-    while ends[1] - ends[0] > grain:
-        part = values[0] / (values[0] - values[1]) if ends[0] else 0.5
-        between = int(ends[0] + part * (ends[1] - ends[0])) // grain * grain
-        middle = min(max(between, ends[0] + grain), ends[1] - grain)
-        found = over(middle)
-        side = 0 if found <= 0 else 1
-        ends[side], values[side] = middle, float(found)
-        if side == moved:
-            values[1 - side] /= 2
-        moved = side
-    return ends[0]
+        return last_that_fits(over, grain)
 
 
 def _filled(stages: list[Stage], layers: Layers) -> list[Stage]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self.events: list[tuple[int, int]] = []
         self._known: dict[int, tuple[int, int]] = {}
-        self._repeated: dict[Hashable, _Made | None] = {None: None}
+        self._repeated: dict[Hashable, _Made | None] = {}
 
     def __enter__(self) -> Any:
         _active.append(self)
@@ -124,9 +125,14 @@ class Tracker(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What decides on what an op makes, None where it may write to or return what it was given."""
-    if any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns)):
+    if not _makes_anew(func):
         return None
     return func, tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items())
+
+
+@cache
+def _makes_anew(func: Any) -> bool:
+    return all(a.alias_info is None for a in (*func._schema.arguments, *func._schema.returns))
 
 
 def _kind(value: Any) -> Hashable:

@@ -9,6 +9,8 @@ import torch.fx as fx
 
 Kind = Literal["all_true", "causal", "sliding_window", "document", "padding"]
 
+Place = Literal["sequence", "position"] | int
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -18,7 +20,7 @@ class Vector:
     """
 
     node: fx.Node
-    places: tuple[Literal["sequence", "position"] | int, ...]
+    places: tuple[Place, ...]
 
 
 @dataclass(frozen=True)

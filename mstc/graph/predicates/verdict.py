@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import sympy
 import torch
 import torch.fx as fx
 
 from mstc.graph.predicates.call import dtype_of, shape_of
-from mstc.graph.predicates.facts import Kind, MaskFact, Seen, Vector
+from mstc.graph.predicates.facts import Kind, MaskFact, Place, Seen, Vector
 from mstc.graph.predicates.pointwise import each
 from mstc.graph.predicates.reader import Reader
 from mstc.graph.predicates.reading import Leaf
@@ -206,10 +205,15 @@ def _seen(part: Formula, leaf: Leaf, j: Expr, sequence: Expr | None) -> Seen | N
 
 def _vector(leaf: Leaf, position: Expr, sequence: Expr | None) -> Vector | None:
     """A leaf that is read once per position of each sequence, or of all alike."""
-    names: dict[Expr, Literal["sequence", "position"]] = {position: "position"}
-    if sequence is not None and sequence.free_symbols:
-        names[sequence] = "sequence"
-    places = tuple(names.get(at, int(at) if at.is_Integer else None) for at in leaf.index)
-    if None in places or places.count("position") != 1 or places.count("sequence") > 1:
-        return None
-    return Vector(leaf.node, places)  # type: ignore[arg-type]
+    places: list[Place] = []
+    for at in leaf.index:
+        if at == position:
+            places.append("position")
+        elif at.is_Integer:
+            places.append(int(at))
+        elif at == sequence:
+            places.append("sequence")
+        else:
+            return None
+    once = places.count("position") == 1 and places.count("sequence") <= 1
+    return Vector(leaf.node, tuple(places)) if once else None

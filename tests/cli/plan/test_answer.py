@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mstc.cli.plan.answer import FEWEST, GRAIN, MOST, longest_in_blocks, longest_of
+from mstc.cli.plan.answer import FEWEST, GRAIN, longest_in_blocks, longest_of
+from mstc.cli.plan.search import MOST
 
 
 @pytest.mark.parametrize("flat", [0, 900_000, 1_000_000])

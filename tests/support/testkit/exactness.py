@@ -28,6 +28,13 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5}
 Gradients = dict[str, Tensor | None]
 
 
+def of_all_pairs(graph: fx.Graph, length: int) -> list[str]:
+    """The values with two dimensions of so many tokens."""
+    values = [(n.name, n.meta.get("val")) for n in graph.nodes]
+    shapes = [(name, tuple(v.shape)) for name, v in values if isinstance(v, Tensor)]
+    return [f"{name} {shape}" for name, shape in shapes if shape.count(length) > 1]
+
+
 @dataclass
 class Comparison:
     """How far mstc is from eager, and what it did.
@@ -49,9 +56,7 @@ class Comparison:
 
     def of_all_pairs(self, length: int) -> list[str]:
         """The values in the lowered graphs with two dimensions of so many tokens."""
-        values = [(n.name, n.meta.get("val")) for gm in self.graphs for n in gm.graph.nodes]
-        shapes = [(name, tuple(v.shape)) for name, v in values if isinstance(v, Tensor)]
-        return [f"{name} {shape}" for name, shape in shapes if shape.count(length) > 1]
+        return [found for gm in self.graphs for found in of_all_pairs(gm.graph, length)]
 
     def check(self, dtype: torch.dtype = torch.float64) -> None:
         bound = BOUNDS[dtype]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mstc.cli.plan.draft import _crossing
+from mstc.cli.plan.search import last_that_fits
 
 GROWING: dict[str, Callable[[int], float]] = {
     "linear": lambda n: n,
@@ -27,14 +27,28 @@ def test_the_last_length_that_fits(kind: str, last: int) -> None:
         tried.append(tokens)
         return math.ceil(GROWING[kind](tokens) - limit)
 
-    found = _crossing(over, 1024)
+    found = last_that_fits(over, 1024)
     assert over(found) <= 0 < over(found + 1024)
     assert found >= last and len(tried) <= 16
 
 
 def test_none_fits() -> None:
-    assert _crossing(lambda tokens: tokens, 1024) == 0
+    assert last_that_fits(lambda tokens: tokens, 1024) == 0
 
 
 def test_all_fit() -> None:
-    assert _crossing(lambda tokens: 0, 1024, most=1 << 20) >= 1 << 20
+    assert last_that_fits(lambda tokens: 0, 1024, most=1 << 20) >= 1 << 20
+
+
+@pytest.mark.parametrize("plateau", [-1e6, -1, 0])
+def test_what_does_not_grow_at_first(plateau: float) -> None:
+    """A constant, as of an optimizer's step, hides what tokens add."""
+    tried: list[int] = []
+
+    def over(tokens: int) -> int:
+        tried.append(tokens)
+        return int(max(plateau, 600 * (tokens - 100_000)))
+
+    found = last_that_fits(over, 256)
+    assert over(found) <= 0 < over(found + 256)
+    assert len(tried) < 40

@@ -98,8 +98,8 @@ def fuzz(examples: int, lower: str, derandomize: bool) -> list[int]:
 
 
 def test_random_programs_stay_equal() -> None:
-    loops = fuzz(120, "eager", derandomize=True)
-    assert sum(n > 0 for n in loops) > 60, "too few programs had a loop to say anything"
+    loops = fuzz(80, "eager", derandomize=True)
+    assert sum(n > 0 for n in loops) > 40, "too few programs had a loop to say anything"
 
 
 @pytest.mark.slow

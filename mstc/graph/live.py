@@ -9,15 +9,16 @@ as it is computed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
 
-from mstc.graph.costs import is_heavy, nbytes
+from mstc.graph.costs import nbytes, numel
 from mstc.graph.reach import ancestors
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 # The memories that Inductor reads at most to compute a value anew in each of its readers (`realize_reads_threshold`).
 INLINED_READS = 4
@@ -47,29 +48,104 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
     pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
     """
     made = in_memory(gm.graph) if fused else None
-    found = readers(gm.graph, made)
-    ends = {value: nodes[-1] for value, nodes in found.items() if value.op == "call_function"}
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for value, end in ends.items():
-        dying.setdefault(end, []).append(value)
+    found = {value: nodes for value, nodes in readers(gm.graph, made).items() if value.op == "call_function"}
     memory = _Pool() if pooled else _Live()
-    for node in gm.graph.nodes:
-        gone = dying.get(node, [])
-        if node.op == "call_function" and root_of(node) is node and (made is None or node in made):
-            over = None
-            if fused and not is_heavy(node):
-                over = next((v for v in gone if may_write_over(node, v, found[v], made)), None)
-            if over is not None:
-                memory.rename(over, node)
-                gone = [v for v in gone if v is not over]
-            elif not _is_result(node):
-                for value in _results(node):
-                    memory.take(value)
-            if node not in ends:
-                memory.drop(node)
-        for value in gone:
+    for step in steps(gm.graph, made, found):
+        for value in step.before:
+            memory.drop(value)
+        new = results_of(step.node) if makes(step.node, made) else []
+        if step.over is not None:
+            memory.rename(step.over, step.node)
+        else:
+            for value in new:
+                memory.take(value)
+        for value in (*step.after, *(v for v in new if v not in found)):
             memory.drop(value)
     return memory.peak
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of memory with a node: values that are gone before it runs, the one that its result is written
+    over, values that are gone after it."""
+
+    node: fx.Node
+    before: Sequence[fx.Node] = ()
+    over: fx.Node | None = None
+    after: Sequence[fx.Node] = ()
+
+
+def steps(
+    graph: fx.Graph, made: Mapping[fx.Node, None] | None, reading: Mapping[fx.Node, Sequence[fx.Node]]
+) -> Iterator[Step]:
+    """Each node of a graph, in order.
+
+    made: as of `in_memory`, None for all; reading: the readers of the values that count, in order.
+
+    Inductor's code for a CPU calls one function for all loops between two ops that run by themselves, and frees
+    nothing before it is done (``CppScheduling.codegen_node``, ``Scheduler.flush``). For a GPU it makes a kernel of
+    those that share what they read; that others may free something in between is left out of account.
+    """
+    nodes = list(graph.nodes) if made is None else _as_fused(graph, made)
+    order = {node: i for i, node in enumerate(nodes)}
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, found in reading.items():
+        dying.setdefault(max(found, key=order.__getitem__), []).append(value)
+    waiting: list[fx.Node] = []
+    for node in nodes:
+        gone = dying.get(node, [])
+        if made is None:
+            yield Step(node, after=gone)
+        elif node.op == "output" or (makes(node, made) and not _is_a_loop(node)):
+            yield Step(node, before=waiting, after=gone)
+            waiting = []
+        else:
+            over = next((v for v in gone if may_write_over(node, v, reading[v], made)), None)
+            waiting += (v for v in gone if v is not over)
+            yield Step(node, over=over)
+
+
+def _as_fused(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
+    """The nodes in the order in which they run: a loop joins an earlier function as soon as all that it reads is there,
+    if one of that function's loops, as long, reads or makes some of it (``Scheduler.can_fuse``)."""
+    functions: list[list[fx.Node]] = [[]]  # each behind the op that runs by itself before it
+    loops: list[list[tuple[fx.Node, set[fx.Node]]]] = [[]]
+    place: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        at = len(functions) - 1
+        if makes(node, made) and _is_a_loop(node):
+            read = _sources(node, made)
+            first = max((place.get(v, 0) for v in read), default=at)
+            at = next((i for i in range(first, at) if any(_share(node, read, *other) for other in loops[i])), at)
+            loops[at].append((node, read))
+        elif makes(node, made) or node.op == "output":
+            functions.append([])
+            loops.append([])
+            at += 1
+        functions[at].append(node)
+        place[node] = at
+    return [node for function in functions for node in function]
+
+
+def _share(node: fx.Node, read: set[fx.Node], other: fx.Node, others: set[fx.Node]) -> bool:
+    return (other in read or not read.isdisjoint(others)) and _length(node) == _length(other)
+
+
+def _length(node: fx.Node) -> int:
+    """How often a loop runs: for each element of what it makes, or of what it adds up."""
+    return max(numel(n) for n in (node, *node.all_input_nodes))
+
+
+def makes(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
+    """Whether a node runs and makes memory of its own, or results that do."""
+    runs = node.op == "call_function" and node.target is not operator.getitem and not is_view(node)
+    return runs and (made is None or node in made)
+
+
+def results_of(node: fx.Node) -> list[fx.Node]:
+    """What an op makes: itself, or each of its results that is taken out, all there before its operands go."""
+    taken = (u for u in node.users if u.target is operator.getitem and not is_view(u))
+    return [node, *(value for u in taken for value in results_of(u))]
 
 
 class _Live:
@@ -112,16 +188,6 @@ class _Pool(_Live):
         self._free.append(self._held.pop(node))
 
 
-def _is_result(node: fx.Node) -> bool:
-    """Whether it stands for one of several results that an op makes."""
-    return node.target is operator.getitem and not is_view(node)
-
-
-def _results(node: fx.Node) -> list[fx.Node]:
-    """What an op makes: itself, or each of its results that is read, all there before its operands go."""
-    return [node, *filter(_is_result, node.users)]
-
-
 def may_write_over(
     node: fx.Node, value: fx.Node, reading: Sequence[fx.Node], made: Mapping[fx.Node, None] | None
 ) -> bool:
@@ -137,10 +203,12 @@ def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None
     """Whether ``node`` reads ``value`` in the order that both lie in, also through what is computed on the way."""
     for operand in node.all_input_nodes:
         root = root_of(operand)
-        if root is value:
-            if _reordered(operand.meta.get("val"), node.meta.get("val")):
-                return False
-        elif made is not None and root.op == "call_function" and root not in made and not _in_place(root, value, made):
+        inlined = made is not None and root.op == "call_function" and root not in made
+        if root is not value and not (inlined and value in _sources(root, made)):
+            continue
+        if _reordered(operand.meta.get("val"), node.meta.get("val")):
+            return False
+        if root is not value and not _in_place(root, value, made):
             return False
     return True
 
@@ -223,6 +291,11 @@ def is_fusible(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags or node.target in _CHEAP
 
 
+def _is_a_loop(node: fx.Node) -> bool:
+    """Whether Inductor makes loops of it, which may share a kernel with others."""
+    return is_fusible(node) or is_reduction(node) or getattr(node.target, "overloadpacket", None) in _INDEXED
+
+
 def is_reduction(node: fx.Node) -> bool:
     """Whether the node adds up, or compares, what it reads."""
     return getattr(node.target, "overloadpacket", None) in _REDUCTIONS
@@ -234,11 +307,16 @@ _REDUCTIONS = (
     *(aten._softmax, aten._log_softmax, aten._softmax_backward_data, aten._log_softmax_backward_data),
     *(aten.nll_loss_forward, aten.gather),
 )
+_INDEXED = (
+    *(aten.index, aten.index_put, aten._unsafe_index, aten._unsafe_index_put),
+    *(aten.embedding, aten.scatter, aten.index_select, prims.iota),
+)
 _CHEAP = (
     aten._to_copy.default,
     aten.clone.default,
     aten.full.default,
     aten.full_like.default,
+    aten.new_zeros.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.where.self,
@@ -247,5 +325,7 @@ _CHEAP = (
     aten.constant_pad_nd.default,
     aten.select_scatter.default,
     aten.slice_scatter.default,
+    aten.slice_backward.default,
+    aten.select_backward.default,
     aten.nll_loss_backward.default,
 )

@@ -106,20 +106,24 @@ class _Lengths:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What one body costs: FLOPs, most bytes at once, kernels, bytes of the largest value that is made."""
+    """What one body costs: FLOPs, most bytes at once (without and with a pool), kernels, bytes of the largest value."""
 
     flops: float = 0.0
     live: int = 0
+    pooled: int = 0
     kernels: int = 0
     largest: int = 0
 
     @staticmethod
-    def of(gm: fx.GraphModule, fused: bool, pooled: bool) -> _Cost:
+    def of(gm: fx.GraphModule, fused: bool, kept: bool) -> _Cost:
+        """kept: whether freed memory waits for the next chunk."""
         made = [n for n in gm.graph.nodes if n.op == "call_function" and not is_view(n)]
         # A compiled body's kernels: its products, and between two of them about one that all the rest is fused into.
         kernels = 2 * sum(map(is_heavy, gm.graph.nodes)) + 1
         flops = sum(map(matmul_flops, gm.graph.nodes))
-        return _Cost(flops, peak_bytes(gm, fused, pooled), kernels, max(map(nbytes, made), default=0))
+        live = peak_bytes(gm, fused)
+        pooled = peak_bytes(gm, fused, pooled=True) if kept else live
+        return _Cost(flops, live, pooled, kernels, max(map(nbytes, made), default=0))
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,14 @@ class _Traced:
         inputs = self.fakes.inputs()
         with compat.isolated_tracing(self.mode):
             forward = compat.trace_flat(self.body, inputs)
-        pooled = fused and bool(inputs) and inputs[0].device.type == "cpu"
-        a, b = _Cost.of(forward, fused, pooled), _Cost()
+        kept = fused and bool(inputs) and inputs[0].device.type == "cpu"
+        a, b = _Cost.of(forward, fused, kept), _Cost()
         if self.backward is not None:
-            b = _Cost.of(self.backward.gm, fused, pooled)
+            b = _Cost.of(self.backward.gm, fused, kept)
             products, factors = self._product_flops(self.backward), len(self.backward.call.factors)
             b = replace(b, flops=b.flops + products, kernels=b.kernels + factors)
-        return BodyCosts(length, (a.flops, b.flops), (a.live, b.live), (a.kernels, b.kernels), (a.largest, b.largest))
+        live, pooled, largest = (a.live, b.live), (a.pooled, b.pooled), (a.largest, b.largest)
+        return BodyCosts(length, (a.flops, b.flops), live, pooled, (a.kernels, b.kernels), largest)
 
     @staticmethod
     def _product_flops(body: BackwardBody) -> float:

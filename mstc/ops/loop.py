@@ -136,7 +136,7 @@ class _Gradients:
 @torch.library.impl("mstc::loop", "CompositeExplicitAutograd")
 def _loop(tokens: Tensors, shared: Tensors, lengths: Lengths, key: str) -> list[torch.Tensor]:
     p = program(key).at(lengths)
-    with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
+    with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace(p.count > 1):
         whole = [dense(s, v.order) for s, v in zip(shared, p.shared, strict=True)]
         outputs = [_allocate(v) for v in p.outputs]
         sums = _Sums(p.sums)
@@ -165,7 +165,7 @@ def _loop_backward(
 ) -> list[torch.Tensor]:
     p = program(key).at(lengths)
     b = _backward_of(p)
-    with record_function(f"mstc::{p.label} backward"), torch.no_grad(), no_autocast(), workspace():
+    with record_function(f"mstc::{p.label} backward"), torch.no_grad(), no_autocast(), workspace(p.count > 1):
         token_values = [p.tokens[i] for i in b.tokens]
         whole = [dense(s, p.shared[j].order) for s, j in zip(shared, b.shared, strict=True)]
         results_values = [*p.outputs, *p.sums]
@@ -265,7 +265,7 @@ torch.library.register_autograd("mstc::loop", _loop_vjp, setup_context=_loop_set
 def _loss_loop(tokens: Tensors, shared: Tensors, seeds: Tensors, lengths: Lengths, key: str) -> list[torch.Tensor]:
     p = program(key).at(lengths)
     b = _backward_of(p)
-    with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace():
+    with record_function(f"mstc::{p.label}"), torch.no_grad(), no_autocast(), workspace(p.count > 1):
         token_values = [p.tokens[i] for i in b.tokens]
         token_inputs = [tokens[i] for i in b.tokens]
         whole = [dense(shared[j], p.shared[j].order) for j in b.shared]

@@ -24,13 +24,21 @@ Bodies = Mapping[int, Body]  # by the length of the chunk
 @dataclass(frozen=True)
 class BodyCosts:
     """Of a chunk of ``length`` indices, forward and backward: FLOPs, most bytes at once (inputs left out), kernels,
-    bytes of the largest value."""
+    bytes of the largest value.
+
+    live: where freed memory goes back at once; pooled: where it waits for the next chunk (`mstc.ops.workspace`).
+    """
 
     length: int = 1
     flops: tuple[float, float] = (0.0, 0.0)
     live: tuple[int, int] = (0, 0)
+    pooled: tuple[int, int] = (0, 0)
     kernels: tuple[int, int] = (1, 1)
     largest: tuple[int, int] = (0, 0)
+
+    def held(self, count: int) -> tuple[int, int]:
+        """The most bytes at once in a loop of so many chunks."""
+        return self.live if count == 1 else self.pooled
 
 
 @dataclass(frozen=True)

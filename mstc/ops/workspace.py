@@ -2,8 +2,9 @@
 
 A body's temporaries are as large in every chunk. The C library gives large blocks back to the system when they
 are freed, and each new page costs a fault: without reuse a third of a body's pointwise time went there. While a
-loop runs, what its bodies allocate comes from its workspace; the workspace goes when the loop ends. CUDA needs
-none of this: its allocator keeps what was freed.
+loop runs, what its bodies allocate comes from its workspace; the workspace goes when the loop ends. A loop of one
+chunk has none: what no later value fits into would only be kept. CUDA needs none of this: its allocator keeps what was
+freed.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ _active = _Active()
 
 
 @contextlib.contextmanager
-def workspace() -> Iterator[None]:
-    """Let bodies that run meanwhile in this thread allocate from one workspace."""
-    outer, _active.workspace = _active.workspace, Workspace()
+def workspace(several: bool = True) -> Iterator[None]:
+    """Let bodies that run meanwhile in this thread allocate from one workspace, where there are several to run."""
+    outer, _active.workspace = _active.workspace, Workspace() if several else None
     try:
         yield
     finally:

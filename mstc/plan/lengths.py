@@ -188,5 +188,6 @@ class _Evaluation:
             first, second = per_index(pairs)
             return int(first), int(second)
 
-        live, largest = whole([c.live for c in several]), whole([c.largest for c in several])
-        return BodyCosts(length, per_index([c.flops for c in several]), live, several[0].kernels, largest)
+        live, pooled = whole([c.live for c in several]), whole([c.pooled for c in several])
+        flops, largest = per_index([c.flops for c in several]), whole([c.largest for c in several])
+        return BodyCosts(length, flops, live, pooled, several[0].kernels, largest)

@@ -18,9 +18,9 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph.attention import SDPA
 from mstc.graph.copies import copy_of
-from mstc.graph.costs import bytes_of, hint, is_heavy
+from mstc.graph.costs import bytes_of, hint
 from mstc.graph.editor import Editor
-from mstc.graph.live import in_memory, is_view, may_write_over, readers, root_of
+from mstc.graph.live import in_memory, makes, readers, results_of, root_of, steps
 from mstc.ops.attention_shape import SHAPE
 from mstc.ops.body import Value
 from mstc.ops.loop import LOSS_LOOP, is_loop
@@ -117,20 +117,20 @@ def schedule_of(parts: Parts, kind: str) -> Schedule:
     forward = _Part(parts.forward.graph, kind, parts.fused)
     inputs = sum(bytes_of(n.meta.get("val")) for n in forward.inputs)
     resting = {"parameters": parts.parameters, "inputs": inputs - parts.parameters}
-    results = {n.name: forward.root(n) for n in forward.results}
+    left = {n.name: forward.root(n) for n in forward.results}
     backward = None if parts.backward is None else _Part(parts.backward.graph, kind, parts.fused)
     read = set() if backward is None else {n.name for n in backward.inputs}
-    saved = {root for name, root in results.items() if name in read}
+    saved = {root for name, root in left.items() if name in read}
     first = [
         Ran(node, _point(node, False, resting, held))
-        for node, held in forward.run({}, set(results.values()), dict.fromkeys(saved, "saved"))
+        for node, held in forward.run({}, set(left.values()), dict.fromkeys(saved, "saved"))
     ]
     waiting: dict[fx.Node, int] = {}
     for root in saved & forward.held.keys():
         waiting[forward.maker(root)] = waiting.get(forward.maker(root), 0) + forward.held[root]
     if backward is None:
         return Schedule(tuple(first), (), waiting)
-    entering = backward.entering(results, forward.held)
+    entering = backward.entering(left, forward.held)
     returned = sum(size for root, size in forward.held.items() if root not in saved)
     gradients = {backward.root(n) for n in backward.results}
     roles = dict.fromkeys(entering, "saved") | dict.fromkeys(gradients, "gradients")
@@ -166,9 +166,11 @@ class _Part:
 
     def maker(self, root: fx.Node) -> fx.Node:
         """The op that made a root, which may be one of its results."""
-        return root.args[0] if root.target is operator.getitem else root  # type: ignore[return-value]
+        while root.target is operator.getitem:
+            (root,) = root.all_input_nodes
+        return root
 
-    def entering(self, results: Mapping[str, fx.Node], held: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    def entering(self, left: Mapping[str, fx.Node], held: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
         """Bytes of the inputs, given what the other part left, by the names of its results. Several inputs that lie in
         one memory there do so here; those that lie in an input of the other part take none."""
         found: dict[fx.Node, int] = {}
@@ -176,10 +178,10 @@ class _Part:
         for node in self.inputs:
             if node.users and all(reader.target is FETCH for reader in node.users):
                 continue  # its bytes are elsewhere
-            if node.name not in results:
+            if node.name not in left:
                 found[node] = bytes_of(node.meta.get("val"))  # a gradient that comes in
                 continue
-            root = results[node.name]
+            root = left[node.name]
             if root in known:
                 self._same[node] = known[root]
             elif root in held:
@@ -191,7 +193,7 @@ class _Part:
         self, entering: Mapping[fx.Node, int], stay: Set[fx.Node], roles: Mapping[fx.Node, str]
     ) -> Iterator[tuple[fx.Node, dict[str, int]]]:
         """Each node that is no view, with the bytes held while it runs, by role ("temporaries" unless told)."""
-        ends = self._ends()
+        reading = self._reading({*entering}, stay)
         now = dict.fromkeys(ROLES, 0)
 
         def take(root: fx.Node, size: int) -> None:
@@ -199,62 +201,48 @@ class _Part:
             now[roles.get(root, "temporaries")] += size
 
         def drop(root: fx.Node) -> None:
-            if root in self.held and root not in stay:
-                now[roles.get(root, "temporaries")] -= self.held.pop(root)
+            now[roles.get(root, "temporaries")] -= self.held.pop(root)
 
         for root, size in entering.items():
             take(root, size)
-        for root in set(self.inputs) - ends.keys():
-            drop(root)
-        dying: dict[fx.Node, list[fx.Node]] = {}
-        for root, end in ends.items():
-            dying.setdefault(end, []).append(root)
-        for node in self._graph.nodes:
-            if self._is_made(node):
-                over = self._written_over(node, [v for v in dying.get(node, ()) if v in self.held and v not in stay])
-                if over is not None:
-                    drop(over)
-                made = _made(node)
+            if root not in reading and root not in stay:
+                drop(root)
+        for step in steps(self._graph, self._made, reading):
+            for root in (*step.before, *filter(None, [step.over])):
+                drop(root)
+            if makes(step.node, self._made):
+                made = _made(step.node)
                 for root, size in made:
                     take(root, size)
-                yield node, {**now, "temporaries": now["temporaries"] + _work(node, self._kind)}
+                yield step.node, {**now, "temporaries": now["temporaries"] + _work(step.node, self._kind)}
                 for root, _ in made:
-                    if root not in ends:
+                    if root not in reading and root not in stay:
                         drop(root)
-            for root in dying.get(node, ()):
+            for root in step.after:
                 drop(root)
 
-    def _is_made(self, node: fx.Node) -> bool:
-        """Whether the node runs and makes memory of its own, or results that do."""
-        runs = node.op == "call_function" and not is_view(node) and node.target is not operator.getitem
-        return runs and (self._made is None or node in self._made)
-
-    def _written_over(self, node: fx.Node, dying: Iterable[fx.Node]) -> fx.Node | None:
-        """The memory that a fused kernel writes its result to."""
-        if not self._fused or is_heavy(node):
-            return None
-        return next((v for v in dying if may_write_over(node, v, self._readers[v], self._made)), None)
-
-    def _ends(self) -> dict[fx.Node, fx.Node]:
-        """The last reader of each root. An op's results that nothing reads go with the last one that is taken out."""
-        order = {n: i for i, n in enumerate(self._graph.nodes)}
-        found: dict[fx.Node, fx.Node] = {}
+    def _reading(self, entering: Set[fx.Node], stay: Set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """The readers of each root that goes when the last of them has run, in order."""
+        found: dict[fx.Node, set[fx.Node]] = {}
         for value, nodes in self._readers.items():
             root = self._same.get(value, value)
-            found[root] = max(nodes[-1], found.get(root, nodes[-1]), key=order.__getitem__)
-        return found
+            if root not in stay and (root in entering or root.op == "call_function"):
+                found.setdefault(root, set()).update(nodes)
+        return {root: sorted(nodes) for root, nodes in found.items()}
 
 
 def _made(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """The roots that an op makes: itself, or each of its results that is taken out, the others counted with itself."""
-    value = node.meta.get("val")
     if node.target is OFFLOAD:  # what it returns stands for bytes elsewhere
         return [(node, 0)]
-    if not isinstance(value, (list, tuple)):
-        return [(node, bytes_of(value))]
-    taken = {u.args[1]: u for u in node.users if u.target is operator.getitem}
-    found = [(u, bytes_of(value[i])) for i, u in taken.items()]  # type: ignore[index]
-    return [(node, sum(bytes_of(v) for i, v in enumerate(value) if i not in taken)), *found]
+    _, *taken = results_of(node)
+    found = [(v, bytes_of(v.meta.get("val"))) for v in taken]
+    rest = _bytes_of_all(node.meta.get("val")) - sum(size for _, size in found)
+    return [(node, max(rest, 0)), *found]  # an op of higher order tells no value of its own
+
+
+def _bytes_of_all(value: Any) -> int:
+    return sum(map(_bytes_of_all, value)) if isinstance(value, (list, tuple)) else bytes_of(value)
 
 
 def _work(node: fx.Node, kind: str) -> int:

@@ -37,7 +37,7 @@ class Cost:
 def loop_cost(p: Program, loss: bool, count: int) -> Cost:
     """The costs of a loop program in ``count`` chunks, read off its bodies and `mstc.ops.loop`."""
     length = -(-p.n // count)
-    live = [x * length // p.costs.length for x in p.costs.live]
+    live = [x * length // p.costs.length for x in p.costs.held(count)]
     # A chunk's temporaries lie where those of the chunk before lay; small ones on the heap.
     asked = [x if y * length // p.costs.length > HEAP else 0 for x, y in zip(live, p.costs.largest, strict=True)]
     pieces = sum(copied(v, length, p.n) for v in p.tokens)
@@ -76,7 +76,7 @@ def _moved(p: Program, count: int) -> tuple[float, float]:
     """Bytes read and written: whole inputs once per chunk, tokens once, intermediates written and read."""
     weights = float(sum(v.nbytes for v in p.shared)) * count
     tokens = float(sum(v.nbytes for v in (*p.tokens, *p.outputs)))
-    inside = [2.0 * x * p.n / p.costs.length for x in p.costs.live]
+    inside = [2.0 * x * p.n / p.costs.length for x in p.costs.held(count)]
     return weights + tokens + inside[0], 3 * weights + 2 * tokens + inside[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mstc import compat
-from mstc.graph.live import peak_bytes
+from mstc.graph.live import peak_bytes, results_of
 
 _ROW = 4 * 64  # bytes of one float32 row of 64
 
@@ -93,3 +94,37 @@ def test_a_pool_hands_out_what_fits_and_keeps_the_rest() -> None:
     assert _peak(narrow, (8, 16), (16, 64), (64, 16), pooled=True) == 8 * _ROW + 2 * _ROW
     assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64)) == 8 * _ROW + 4
     assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64), pooled=True) == (2 + 8) * _ROW + 4
+
+
+def test_nothing_is_freed_between_the_loops_of_one_kernel() -> None:
+    """The first sum is the last reader of ``x @ w``; it goes when the second sum's input is there as well."""
+
+    def sums(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
+        y, z = x @ w, x @ v
+        return [y.sum(0), (z.t() + 1).clone(memory_format=torch.contiguous_format)]
+
+    assert _peak(sums, (64, 64), (64, 64), (64, 64), fused=True) == 3 * 64 * _ROW + _ROW
+
+
+def test_results_of_results() -> None:
+    """As of ``run_and_save_rng_state``, which returns a state and the results of another op."""
+    graph = torch.fx.Graph()
+    op = graph.call_function(torch.ops.higher_order.run_and_save_rng_state)
+    state, both = (graph.call_function(operator.getitem, (op, i)) for i in range(2))
+    second = graph.call_function(operator.getitem, (both, 1))
+    assert results_of(op) == [op, state, both, second]
+
+
+def test_a_loop_joins_an_earlier_one_that_reads_the_same() -> None:
+    def apart(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
+        y = x @ w
+        return [y.sin() @ v, y.cos() @ v]
+
+    def after(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
+        y = x @ w
+        first = y.sin() @ v
+        return [first, (y.cos() + first) @ v]
+
+    shapes = (64, 64), (64, 64), (64, 1)
+    assert _peak(apart, *shapes, fused=True) == 3 * 64 * _ROW
+    assert _peak(after, *shapes, fused=True) == 2 * 64 * _ROW + _ROW

@@ -58,9 +58,8 @@ def scalar_form(**given: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make(
-    length: int, decay: str, dtype: torch.dtype, batch: int = 1, key: int = 20, value: int = 33
+    length: int, decay: str, dtype: torch.dtype, batch: int = 1, heads: int = 1, key: int = 20, value: int = 33
 ) -> dict[str, Tensor]:
-    heads = 2
     inputs = {n: torch.randn(batch, length, heads, w).to(dtype) for n, w in (("q", key), ("k", key), ("v", value))}
     if decay != "none":
         shape = (batch, length, heads)
@@ -95,7 +94,7 @@ def test_scalar_decay_in_half_precision(decay: str, compare: Compare) -> None:
 @needs_a_way_to_run
 @pytest.mark.parametrize(("key", "value"), [(1, 1), (100, 8), pytest.param(256, 256, marks=pytest.mark.slow)])
 def test_scalar_decay_widths(key: int, value: int, compare: Compare) -> None:
-    compare(scalar_form, exact, make(20, "token", torch.float32, key=key, value=value))
+    compare(scalar_form, exact, make(20, "token", torch.float32, heads=2, key=key, value=value))
 
 
 @needs_a_way_to_run

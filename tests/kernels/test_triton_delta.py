@@ -120,7 +120,7 @@ def make(
     decay: str,
     dtype: torch.dtype = torch.float32,
     batch: int = 1,
-    heads: int = 2,
+    heads: int = 1,
     key: int = 20,
     value: int = 33,
 ) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def test_delta_rule_of_packed_documents(compare: Compare) -> None:
 @needs_a_way_to_run
 def test_delta_rule_of_a_batch_without_states(compare: Compare) -> None:
     """Two sequences, no initial state, and no gradient from the final state."""
-    inputs = make(17, "token", batch=2)
+    inputs = make(17, "token", batch=2, heads=2)
     del inputs["initial_state"]
     compare(lambda **i: delta_form()(**i)[:1], lambda **i: exact(**i)[:1], inputs)
 
@@ -228,7 +228,7 @@ def test_dplr_of_a_batch_without_states(compare: Compare) -> None:
 
 def make_vector_delta(length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Inputs of the delta rule with a decay over K."""
-    inputs = make(length, "none", dtype, heads=1, key=16)
+    inputs = make(length, "none", dtype, key=16)
     decay = torch.tensor([0.0, -20.0, -0.1])[torch.randint(3, inputs["q"].shape)]
     return {**inputs, "decay": decay.to(DEVICE)}
 
@@ -251,8 +251,8 @@ def test_the_ops_run_the_kernels(kind: str, compare: Compare, monkeypatch: pytes
     monkeypatch.setattr(recurrence, "run_forward", None)
     monkeypatch.setattr(recurrence, "run_backward", None)
     inputs = {
-        "delta": lambda: make(5, "none", heads=1),
-        "gated delta": lambda: make(5, "token", heads=1),
+        "delta": lambda: make(5, "none"),
+        "gated delta": lambda: make(5, "token"),
         "vector delta": lambda: make_vector_delta(20),
         "dplr": lambda: make_dplr(5),
     }[kind]()

@@ -33,7 +33,7 @@ def test_a_loss_that_is_no_scalar() -> None:
 
 
 @pytest.mark.parametrize("lower", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-@pytest.mark.parametrize("label", [11, -3])
+@pytest.mark.parametrize("label", [11, pytest.param(-3, marks=pytest.mark.slow)])
 def test_targets_out_of_range(label: int, lower: str) -> None:
     """Eager raises IndexError; Inductor's own kernels, as without mstc, raise RuntimeError."""
     if BEFORE_2_13 and lower == "inductor" and label < 0:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mstc.cli.plan.building import build, loss_of
 from mstc.cli.plan.draft import Planned, capture, plan_for
-from mstc.cli.plan.layers import Layers
+from mstc.cli.plan.layers import Layers, shortened
 from mstc.cli.plan.models import Target
 from mstc.cli.plan.optimizers import OPTIMIZERS
 from mstc.cli.plan.setting import Setting
@@ -32,13 +32,20 @@ _SIZES = {
     "num_attention_heads": 4,
     "vocab_size": 96,
 }
+_MORE = {"num_key_value_heads": 2, "max_position_embeddings": 1 << 20}
 
 
 @cache
 def _planned(tokens: int, batch: int = 1) -> Planned:
-    config = config_of("llama", **_SIZES, num_key_value_heads=2, max_position_embeddings=1 << 20)
+    config = config_of("llama", **_SIZES, **_MORE)
     setting = Setting(A100, batch, torch.bfloat16, OPTIMIZERS["adamw-bf16"])
     return plan_for(Target("tiny", config), setting, tokens)
+
+
+def _captured(tokens: int) -> Step:
+    model = build(config_of("llama", **_SIZES, **_MORE), torch.bfloat16)
+    shortened(model, model.config.get_text_config())
+    return capture(loss_of(model), [torch.zeros(1, tokens, dtype=torch.long, device="meta")], A100).step
 
 
 class Biased(nn.Module):
@@ -69,8 +76,7 @@ def _steps_of(build: Callable[[], nn.Module], *lengths: int) -> tuple[Step, ...]
 
 
 def test_another_length_is_evaluated_as_if_captured_there() -> None:
-    near, far = _planned(2048), _planned(6144)
-    evaluated, captured = near.growing.at(6144), far.growing.steps[0]
+    evaluated, captured = _planned(2048).growing.at(6144), _captured(6144)
     assert evaluated.sizes == captured.sizes
     assert simulate(evaluated).peak.total == pytest.approx(simulate(captured).peak.total, rel=0.01)
     for a, b in zip(evaluated.calls, captured.calls, strict=True):

@@ -82,9 +82,9 @@ def steps(
 
     made: as of `in_memory`, None for all; reading: the readers of the values that count, in order.
 
-    Inductor's code for a CPU calls one function for all loops between two ops that run by themselves, and frees
-    nothing before it is done (``CppScheduling.codegen_node``, ``Scheduler.flush``). For a GPU it makes a kernel of
-    those that share what they read; that others may free something in between is left out of account.
+    On a CPU Inductor makes one kernel of all that is fusible between two ops that run by themselves, and frees nothing
+    before it is done (``CppScheduling.codegen_node``, ``Scheduler.flush``). On a GPU it makes one of what reads the
+    same; that memory may be freed between two of these is left out of account.
     """
     nodes = list(graph.nodes) if made is None else _as_fused(graph, made)
     order = {node: i for i, node in enumerate(nodes)}
@@ -96,7 +96,7 @@ def steps(
         gone = dying.get(node, [])
         if made is None:
             yield Step(node, after=gone)
-        elif node.op == "output" or (makes(node, made) and not _is_a_loop(node)):
+        elif node.op == "output" or (makes(node, made) and not _is_in_kernel(node)):
             yield Step(node, before=waiting, after=gone)
             waiting = []
         else:
@@ -106,25 +106,25 @@ def steps(
 
 
 def _as_fused(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
-    """The nodes in the order in which they run: a loop joins an earlier function as soon as all that it reads is there,
-    if one of that function's loops, as long, reads or makes some of it (``Scheduler.can_fuse``)."""
-    functions: list[list[fx.Node]] = [[]]  # each behind the op that runs by itself before it
-    loops: list[list[tuple[fx.Node, set[fx.Node]]]] = [[]]
+    """The nodes in the order in which they run: a node joins the first kernel that starts with all that it reads, if
+    another node of it, of the same length, reads or makes some of that (``Scheduler.can_fuse``)."""
+    runs: list[list[fx.Node]] = [[]]  # an op that runs by itself, and the kernel behind it
+    kernels: list[list[tuple[fx.Node, set[fx.Node]]]] = [[]]  # what each consists of, and the memories that it reads
     place: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        at = len(functions) - 1
-        if makes(node, made) and _is_a_loop(node):
+        at = len(runs) - 1
+        if makes(node, made) and _is_in_kernel(node):
             read = _sources(node, made)
             first = max((place.get(v, 0) for v in read), default=at)
-            at = next((i for i in range(first, at) if any(_share(node, read, *other) for other in loops[i])), at)
-            loops[at].append((node, read))
+            at = next((i for i in range(first, at) if any(_share(node, read, *other) for other in kernels[i])), at)
+            kernels[at].append((node, read))
         elif makes(node, made) or node.op == "output":
-            functions.append([])
-            loops.append([])
+            runs.append([])
+            kernels.append([])
             at += 1
-        functions[at].append(node)
+        runs[at].append(node)
         place[node] = at
-    return [node for function in functions for node in function]
+    return [node for run in runs for node in run]
 
 
 def _share(node: fx.Node, read: set[fx.Node], other: fx.Node, others: set[fx.Node]) -> bool:
@@ -132,7 +132,7 @@ def _share(node: fx.Node, read: set[fx.Node], other: fx.Node, others: set[fx.Nod
 
 
 def _length(node: fx.Node) -> int:
-    """How often a loop runs: for each element of what it makes, or of what it adds up."""
+    """How many elements a kernel goes through for a node: of what it makes, or of what it adds up."""
     return max(numel(n) for n in (node, *node.all_input_nodes))
 
 
@@ -291,8 +291,8 @@ def is_fusible(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags or node.target in _CHEAP
 
 
-def _is_a_loop(node: fx.Node) -> bool:
-    """Whether Inductor makes loops of it, which may share a kernel with others."""
+def _is_in_kernel(node: fx.Node) -> bool:
+    """Whether Inductor makes it part of a kernel, beside others; all else runs by itself."""
     return is_fusible(node) or is_reduction(node) or getattr(node.target, "overloadpacket", None) in _INDEXED
 
 

@@ -96,7 +96,7 @@ def test_a_pool_hands_out_what_fits_and_keeps_the_rest() -> None:
     assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64), pooled=True) == (2 + 8) * _ROW + 4
 
 
-def test_nothing_is_freed_between_the_loops_of_one_kernel() -> None:
+def test_nothing_is_freed_before_a_kernel_is_done() -> None:
     """The first sum is the last reader of ``x @ w``; it goes when the second sum's input is there as well."""
 
     def sums(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
@@ -115,7 +115,7 @@ def test_results_of_results() -> None:
     assert results_of(op) == [op, state, both, second]
 
 
-def test_a_loop_joins_an_earlier_one_that_reads_the_same() -> None:
+def test_a_node_joins_an_earlier_kernel_that_reads_the_same() -> None:
     def apart(x: Tensor, w: Tensor, v: Tensor) -> list[Tensor]:
         y = x @ w
         return [y.sin() @ v, y.cos() @ v]

@@ -9,7 +9,7 @@ as it is computed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +47,28 @@ def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) ->
 
     pooled: freed memory stays with a pool that hands it out again for at most half of it (`mstc.ops.workspace`).
     """
+    return peaks_of(gm, fused)[pooled]
+
+
+def peaks_of(gm: fx.GraphModule, fused: bool) -> tuple[int, int]:
+    """As `peak_bytes`, without a pool and with one."""
     made = in_memory(gm.graph) if fused else None
     found = {value: nodes for value, nodes in readers(gm.graph, made).items() if value.op == "call_function"}
-    memory = _Pool() if pooled else _Live()
+    live, pool = _Live(), _Pool()
     for step in steps(gm.graph, made, found):
-        for value in step.before:
-            memory.drop(value)
         new = results_of(step.node) if makes(step.node, made) else []
-        if step.over is not None:
-            memory.rename(step.over, step.node)
-        else:
-            for value in new:
-                memory.take(value)
-        for value in (*step.after, *(v for v in new if v not in found)):
-            memory.drop(value)
-    return memory.peak
+        unread = [v for v in new if v not in found]
+        for memory in (live, pool):
+            for value in step.before:
+                memory.drop(value)
+            if step.over is not None:
+                memory.rename(step.over, step.node)
+            else:
+                for value in new:
+                    memory.take(value)
+            for value in (*step.after, *unread):
+                memory.drop(value)
+    return live.peak, pool.peak
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,11 @@ class Step:
 
 
 def steps(
-    graph: fx.Graph, made: Mapping[fx.Node, None] | None, reading: Mapping[fx.Node, Sequence[fx.Node]]
+    graph: fx.Graph, made: Mapping[fx.Node, None] | None, reading: Mapping[fx.Node, Collection[fx.Node]]
 ) -> Iterator[Step]:
     """Each node of a graph, in order.
 
-    made: as of `in_memory`, None for all; reading: the readers of the values that count, in order.
+    made: as of `in_memory`, None for all; reading: the readers of the values that count.
 
     On a CPU Inductor makes one kernel of all that is fusible between two ops that run by themselves, and frees nothing
     before it is done (``CppScheduling.codegen_node``, ``Scheduler.flush``). On a GPU it makes one of what reads the
@@ -189,7 +196,7 @@ class _Pool(_Live):
 
 
 def may_write_over(
-    node: fx.Node, value: fx.Node, reading: Sequence[fx.Node], made: Mapping[fx.Node, None] | None
+    node: fx.Node, value: fx.Node, reading: Collection[fx.Node], made: Mapping[fx.Node, None] | None
 ) -> bool:
     """Whether a fused kernel may write ``node`` over ``value`` (``SchedulerNode.decide_inplace_update`` of Inductor).
 

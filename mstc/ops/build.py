@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.costs import UNKNOWN_LENGTH, is_heavy, matmul_flops, nbytes
-from mstc.graph.live import is_view, peak_bytes
+from mstc.graph.live import is_view, peaks_of
 from mstc.graph.regions import Region
 from mstc.graph.sizes import size, symbols_of
 from mstc.graph.text import canonical_text, digest
@@ -121,9 +121,8 @@ class _Cost:
         # A compiled body's kernels: its products, and between two of them about one that all the rest is fused into.
         kernels = 2 * sum(map(is_heavy, gm.graph.nodes)) + 1
         flops = sum(map(matmul_flops, gm.graph.nodes))
-        live = peak_bytes(gm, fused)
-        pooled = peak_bytes(gm, fused, pooled=True) if kept else live
-        return _Cost(flops, live, pooled, kernels, max(map(nbytes, made), default=0))
+        live, pooled = peaks_of(gm, fused)
+        return _Cost(flops, live, pooled if kept else live, kernels, max(map(nbytes, made), default=0))
 
 
 @dataclass(frozen=True)

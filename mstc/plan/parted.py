@@ -152,7 +152,7 @@ class _Part:
     """A graph that runs node by node; `held`: bytes by *root*, the node that made the memory a value lies in."""
 
     def __init__(self, graph: fx.Graph, kind: str, fused: bool) -> None:
-        self._graph, self._kind, self._fused = graph, kind, fused
+        self._graph, self._kind = graph, kind
         self._made = in_memory(graph) if fused else None
         self._readers = readers(graph, self._made)
         self._same: dict[fx.Node, fx.Node] = {}
@@ -193,7 +193,7 @@ class _Part:
         self, entering: Mapping[fx.Node, int], stay: Set[fx.Node], roles: Mapping[fx.Node, str]
     ) -> Iterator[tuple[fx.Node, dict[str, int]]]:
         """Each node that is no view, with the bytes held while it runs, by role ("temporaries" unless told)."""
-        reading = self._reading({*entering}, stay)
+        reading = self._reading(entering.keys(), stay)
         now = dict.fromkeys(ROLES, 0)
 
         def take(root: fx.Node, size: int) -> None:
@@ -221,14 +221,14 @@ class _Part:
             for root in step.after:
                 drop(root)
 
-    def _reading(self, entering: Set[fx.Node], stay: Set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-        """The readers of each root that goes when the last of them has run, in order."""
+    def _reading(self, entering: Set[fx.Node], stay: Set[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+        """The readers of each root that goes when the last of them has run."""
         found: dict[fx.Node, set[fx.Node]] = {}
         for value, nodes in self._readers.items():
             root = self._same.get(value, value)
             if root not in stay and (root in entering or root.op == "call_function"):
                 found.setdefault(root, set()).update(nodes)
-        return {root: sorted(nodes) for root, nodes in found.items()}
+        return found
 
 
 def _made(node: fx.Node) -> list[tuple[fx.Node, int]]:

@@ -16,6 +16,7 @@ from mstc.compat import autocast, building
 from mstc.dump.environment import versions
 from mstc.dump.observer import Observer, observe
 from mstc.graph.normal_form import NormalForm, NotNormalError, normalize
+from mstc.graph.results import returned_by
 from mstc.lower import body_compiler, budget_settings, lower, mode_settings
 from mstc.ops import flops, loop, program
 from mstc.options import Options, parse_options
@@ -101,7 +102,7 @@ def _rewritten(
     if copying is not None:
         compiled = verifying(compiled, copying.copies, list(ctx.facts.get("dropped", {}).values()))
     compiled = autocast.running_without(compiled)
-    outputs = list(form.gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = returned_by(form.gm.graph)
     marks = {i: ctx.facts["output_marks"][n] for i, n in enumerate(outputs) if n in ctx.facts.get("output_marks", {})}
     if marks:
         compiled = marking(compiled, marks)

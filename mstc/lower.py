@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from mstc.ops.saved import offload_saved, offloads_of
 from mstc.ops.workspace import empty_strided
 from mstc.options import Options
 from mstc.report import Refusal, Report
+
+aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def lower(
@@ -30,9 +35,29 @@ def lower(
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
     offloads = offloads_of(gm)
     backend = compat.partitioning_by(name, offload_saved, offloads) if offloads else compat.lower_with(name)
-    with compat.allocating_by(empty_strided), fast_products():
+    with compat.allocating_by(empty_strided), fast_products(), _any_strides(gm):
         compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
     return compiled
+
+
+@contextlib.contextmanager
+def _any_strides(gm: fx.GraphModule) -> Iterator[None]:
+    """Inside, a view of the graph asks for a shape only, as what it came from did.
+
+    The graph was traced with PyTorch's strides; Inductor's decompositions make some others (of ``cat``, where all
+    operands but one are empty), and a view that they do not allow raises.
+    """
+    views = [n for target in _VIEWS for n in gm.graph.find_nodes(op="call_function", target=target)]
+    targets = [n.target for n in views]
+    for node in views:
+        node.target = aten.reshape.default
+    gm.recompile()
+    try:
+        yield
+    finally:
+        for node, target in zip(views, targets, strict=True):
+            node.target = target
+        gm.recompile()
 
 
 def mode_settings(mode: str | None, looping: Report | None = None) -> dict[str, Any]:

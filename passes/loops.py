@@ -21,7 +21,7 @@ from mstc.ops.program import Program
 from mstc.passes.base import Context
 from mstc.passes.seeds import find_seeds, write_seeds
 from mstc.plan.calls import Saving
-from mstc.plan.chunks import Chunks, choose, drafted, planned
+from mstc.plan.chunks import Chunks, choose, drafted, hint_n, planned
 from mstc.plan.saves import Levels, levels_of, saving
 from mstc.plan.words import counted
 
@@ -51,8 +51,13 @@ def loop_key(region: Region) -> str:
 
 
 def chunks_of(region: Region, asked: int | str, ctx: Context) -> Chunks | None:
-    """The plan's number of chunks, a draft's, or None where neither decides."""
+    """The plan's number of chunks, a draft's, or None where neither decides.
+
+    A draft has no loop over an axis of length 0, as that of an expert which no token chose.
+    """
     if ctx.planning:
+        if hint_n(region) == 0:
+            return None
         return choose(region, asked) if isinstance(asked, int) else drafted(region)
     chosen = ctx.chosen.get(loop_key(region))
     return None if chosen is None else planned(region, chosen.chunks)

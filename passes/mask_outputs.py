@@ -18,6 +18,7 @@ from mstc.graph.predicates.constants import Bands, Ramp
 from mstc.graph.predicates.facts import MaskFact
 from mstc.graph.predicates.reader import Reader
 from mstc.graph.predicates.verdict import fact_of
+from mstc.graph.results import returned_by
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
 
@@ -34,7 +35,7 @@ class MaskOutput:
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[MaskOutput]:
     proven: dict[fx.Node, MaskFact | None] = {}
-    for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
+    for position, node in enumerate(returned_by(gm.graph)):
         if not isinstance(node, fx.Node) or not _is_mask(node):
             continue
         if node not in proven:

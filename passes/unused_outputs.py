@@ -15,6 +15,7 @@ import torch.fx as fx
 from mstc.errors import OptionError
 from mstc.graph.editor import Editor
 from mstc.graph.precision import at_least_float32
+from mstc.graph.results import returned_by
 from mstc.graph.sizes import shape_of
 from mstc.passes.base import Context, Pass
 from mstc.report import Fidelity
@@ -31,7 +32,7 @@ class UnusedSite:
 
 
 def find(gm: fx.GraphModule, ctx: Context) -> Iterator[UnusedSite]:
-    outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = returned_by(gm.graph)
     for wanted in ctx.options.unused_outputs:
         position = wanted if isinstance(wanted, int) else _by_name(outputs, wanted)
         if not -len(outputs) <= position < len(outputs):
@@ -68,7 +69,7 @@ def apply(editor: Editor, site: UnusedSite, ctx: Context) -> None:
     nan = editor.call(aten.full.default, ([], float("nan")), {"dtype": dtype, "device": value.device}, like=site.node)
     shape = [editor.number(n, like=site.node) for n in shape_of(value)]
     nothing = editor.call(aten.expand.default, (nan, shape), like=site.node)
-    outputs = list(editor.gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    outputs = returned_by(editor.gm.graph)
     outputs[site.position] = nothing
     ctx.facts.setdefault("dropped", {})[nothing] = site.position
     editor.set_outputs(outputs, f"output {site.position} ({site.node.name}) dropped as unused")

@@ -22,6 +22,7 @@ import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.results import returned_by
 from mstc.graph.text import digest
 
 
@@ -95,7 +96,7 @@ def call(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **settin
     """What stands for the call while the graph is traced: the op, its results as the call returns them."""
     places = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
     constants = tuple(None if i in places else a for i, a in enumerate(args))
-    single = isinstance(forward.graph.output_node().args[0][0], fx.Node)  # type: ignore[index]
+    single = isinstance(returned_by(forward.graph)[0], fx.Node)
     function = _Function(forward, backward, constants, places, settings, single)
     key = registered(function, forward.code, backward.code, constants, places, settings)
     found = torch.ops.mstc.function.default([args[i] for i in places], key)
@@ -168,5 +169,5 @@ def _fold(graph: fx.Graph, stretch: Sequence[fx.Node], made: dict[fx.Node, fx.No
 
 def _outputs(forward: fx.GraphModule) -> list[Any]:
     """The forward's graph returns (outputs, saved values)."""
-    outputs: Any = forward.graph.output_node().args[0]
-    return [outputs[0]] if isinstance(outputs[0], fx.Node) else list(outputs[0])
+    outputs, _ = returned_by(forward.graph)
+    return [outputs] if isinstance(outputs, fx.Node) else list(outputs)

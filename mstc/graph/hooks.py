@@ -22,6 +22,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph import functions
 from mstc.graph.detached import memory_of, needs_grad, target_of_write
+from mstc.graph.results import returned_by
 from mstc.graph.sizes import shape_of, size
 
 
@@ -111,7 +112,7 @@ def _body(hook: fx.Node, gm: fx.GraphModule) -> fx.GraphModule:
 
 def _does_nothing(body: fx.GraphModule) -> bool:
     calls = any(n.op not in ("placeholder", "output") for n in body.graph.nodes)
-    return not calls and body.graph.output_node().args[0] in (None, (None,))
+    return not calls and returned_by(body.graph) == [None]
 
 
 def _can_fold(x: fx.Node, group: Sequence[fx.Node], gm: fx.GraphModule) -> bool:

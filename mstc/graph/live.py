@@ -1,9 +1,7 @@
 """Bytes that are live while a traced graph runs, above its inputs.
 
 A value's memory begins with the node that makes it and ends with its last reader; views live in the memory of
-what they view. Op by op (``fused`` False) every node makes its value. Fused, a chain of pointwise ops makes only
-what something else needs whole: an operand of a matrix product, a result of the graph. Reductions read such a chain
-as it is computed.
+what they view. Op by op (``fused`` False) every node makes its value; fused, those of `mstc.graph.fusion` do.
 """
 
 from __future__ import annotations
@@ -16,30 +14,11 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.costs import nbytes, numel
+from mstc.graph.fusion import in_memory, is_concatenation, is_in_kernel, makes, readers, sources
 from mstc.graph.reach import ancestors
+from mstc.graph.views import is_view, root_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-# The memories that Inductor reads at most to compute a value anew in each of its readers (`realize_reads_threshold`).
-INLINED_READS = 4
-
-
-def is_view(node: object) -> bool:
-    """Whether the node's result lies in the memory of its first argument."""
-    target = getattr(node, "target", None)
-    if isinstance(node, fx.Node) and target is operator.getitem:
-        return is_view(node.args[0])
-    schema = getattr(target, "_schema", None)
-    if target is aten._unsafe_view.default:  # a view that autograd knows nothing of
-        return True
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
-def root_of(node: fx.Node) -> fx.Node:
-    """The node whose memory this value lies in."""
-    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) -> int:
@@ -103,7 +82,7 @@ def steps(
         gone = dying.get(node, [])
         if made is None:
             yield Step(node, after=gone)
-        elif node.op == "output" or (makes(node, made) and not _is_in_kernel(node)):
+        elif node.op == "output" or (makes(node, made) and not is_in_kernel(node)):
             yield Step(node, before=waiting, after=gone)
             waiting = []
         else:
@@ -120,8 +99,8 @@ def _as_fused(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
     place: dict[fx.Node, int] = {}
     for node in graph.nodes:
         at = len(runs) - 1
-        if makes(node, made) and _is_in_kernel(node):
-            read = _sources(node, made)
+        if makes(node, made) and is_in_kernel(node):
+            read = sources(node, made)
             first = max((place.get(v, 0) for v in read), default=at)
             at = next((i for i in range(first, at) if any(_share(node, read, *other) for other in kernels[i])), at)
             kernels[at].append((node, read))
@@ -141,12 +120,6 @@ def _share(node: fx.Node, read: set[fx.Node], other: fx.Node, others: set[fx.Nod
 def _length(node: fx.Node) -> int:
     """How many elements a kernel goes through for a node: of what it makes, or of what it adds up."""
     return max(numel(n) for n in (node, *node.all_input_nodes))
-
-
-def makes(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
-    """Whether a node runs and makes memory of its own, or results that do."""
-    runs = node.op == "call_function" and node.target is not operator.getitem and not is_view(node)
-    return runs and (made is None or node in made)
 
 
 def results_of(node: fx.Node) -> list[fx.Node]:
@@ -203,7 +176,8 @@ def may_write_over(
     Each other reader has run, since ``node`` is made of it (one that merely comes earlier may share the kernel), and
     each element is written where it was read.
     """
-    return nbytes(value) == nbytes(node) and set(reading) <= ancestors([node]) and _in_place(node, value, made)
+    may = nbytes(value) == nbytes(node) and not is_concatenation(value)
+    return may and set(reading) <= ancestors([node]) and _in_place(node, value, made)
 
 
 def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
@@ -211,7 +185,7 @@ def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None
     for operand in node.all_input_nodes:
         root = root_of(operand)
         inlined = made is not None and root.op == "call_function" and root not in made
-        if root is not value and not (inlined and value in _sources(root, made)):
+        if root is not value and not (inlined and value in sources(root, made)):
             continue
         if _reordered(operand.meta.get("val"), node.meta.get("val")):
             return False
@@ -226,113 +200,3 @@ def _reordered(read: object, written: object) -> bool:
         return False
     strides = zip(read.shape, read.stride(), written.stride(), strict=True)
     return any(a != b for size, a, b in strides if size != 1)
-
-
-def readers(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:
-    """For each value in memory, the nodes that read it, in order. What is not made whole reads where it is read.
-
-    made: as of `in_memory`, None for all.
-    """
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and (made is not None and node not in made):
-            continue
-        if is_view(node):
-            continue
-        for value in _sources(node, made):
-            found.setdefault(value, []).append(node)
-    return found
-
-
-def _sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]:
-    """The memories that a node reads, through views and through what is computed on the way."""
-    found: set[fx.Node] = set()
-    stack = [root_of(i) for i in node.all_input_nodes]
-    seen: set[fx.Node] = set()
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if made is None or value.op != "call_function" or value in made:
-            found.add(value)
-        else:
-            stack.extend(root_of(i) for i in value.all_input_nodes)
-    return found
-
-
-def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes whose values exist in memory when pointwise chains are fused, each once."""
-    made: dict[fx.Node, None] = {}
-    reads: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in graph.nodes:
-        opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)
-        if node.op == "output" or (opaque and not is_reduction(node)):
-            made |= dict.fromkeys(map(root_of, node.all_input_nodes))
-        if opaque:
-            made[node] = None
-        if node.op == "call_function" and is_fusible(node):
-            operands = [root_of(i) for i in node.all_input_nodes]
-            reads[node] = frozenset().union(*(reads.get(v, {v}) if v not in made else {v} for v in operands))
-            if len(node.users) > 1 and len(reads[node]) > INLINED_READS and _is_repeated(node):
-                made[node] = None
-    return made
-
-
-def _is_repeated(node: fx.Node) -> bool:
-    """Whether what reads the value is larger, so that no kernel computes both in one loop."""
-    stack = [node]
-    while stack:
-        value = stack.pop()
-        for user in value.users:
-            if is_view(user):
-                stack.append(user)
-            elif is_fusible(user) and isinstance(user.meta.get("val"), torch.Tensor) and nbytes(user) > nbytes(node):
-                return True
-    return False
-
-
-def is_fusible(node: fx.Node) -> bool:
-    """Pointwise, by torch's own tags; casts and constants too."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target in _CHEAP
-
-
-def _is_in_kernel(node: fx.Node) -> bool:
-    """Whether Inductor makes it part of a kernel, beside others; all else runs by itself."""
-    return is_fusible(node) or is_reduction(node) or getattr(node.target, "overloadpacket", None) in _INDEXED
-
-
-def is_reduction(node: fx.Node) -> bool:
-    """Whether the node adds up, or compares, what it reads."""
-    return getattr(node.target, "overloadpacket", None) in _REDUCTIONS
-
-
-_REDUCTIONS = (
-    *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all),
-    *(aten.argmax, aten.argmin, aten.logsumexp, aten.var, aten.var_mean, aten.std),
-    *(aten._softmax, aten._log_softmax, aten._softmax_backward_data, aten._log_softmax_backward_data),
-    *(aten.nll_loss_forward, aten.gather),
-)
-_INDEXED = (
-    *(aten.index, aten.index_put, aten._unsafe_index, aten._unsafe_index_put),
-    *(aten.embedding, aten.scatter, aten.index_select, prims.iota),
-)
-_CHEAP = (
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.full.default,
-    aten.full_like.default,
-    aten.new_zeros.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.where.self,
-    aten.arange.start_step,
-    aten.cat.default,
-    aten.constant_pad_nd.default,
-    aten.select_scatter.default,
-    aten.slice_scatter.default,
-    aten.slice_backward.default,
-    aten.select_backward.default,
-    aten.nll_loss_backward.default,
-)

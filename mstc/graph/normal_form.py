@@ -31,6 +31,7 @@ from mstc.graph.numbers import numbers_as_tensors
 from mstc.graph.own_rows import read_own_rows
 from mstc.graph.predicates.reader import RULES as READ_IN_MASKS
 from mstc.graph.provenance import source_of, title_of
+from mstc.graph.results import returned_by
 from mstc.graph.rules import rule_of
 from mstc.graph.spelling import spell_out
 from mstc.graph.twice import compute_once
@@ -149,7 +150,7 @@ def _write_back(graph: fx.Graph, mutated: Sequence[int], fakes: Sequence[Any]) -
     Everything else reads a clone: what is saved for the backward must not be written.
     """
     output = graph.output_node()
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = returned_by(graph)
     kept = len(values) - len(mutated)
     placeholders = graph.find_nodes(op="placeholder")
     for index, value in zip(mutated, values[kept:], strict=True):

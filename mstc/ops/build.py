@@ -14,10 +14,12 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.costs import UNKNOWN_LENGTH, is_heavy, matmul_flops, nbytes
-from mstc.graph.live import is_view, peaks_of
+from mstc.graph.live import peaks_of
 from mstc.graph.regions import Region
+from mstc.graph.results import returned_by
 from mstc.graph.sizes import size, symbols_of
 from mstc.graph.text import canonical_text, digest
+from mstc.graph.views import is_view
 from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
@@ -151,7 +153,7 @@ class _Traced:
     @staticmethod
     def _product_flops(body: BackwardBody) -> float:
         """Of the products dy^T x, which the loop computes from what the backward body returns."""
-        returned: Any = body.gm.graph.output_node().args[0]
+        returned = returned_by(body.gm.graph)
         pairs = [(returned[f.x].meta["val"], returned[f.dy].meta["val"]) for f in body.call.factors]
         return float(sum(2 * x.numel() * dy.shape[-1] for x, dy in pairs))
 

@@ -25,6 +25,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.graph.costs import is_heavy
 from mstc.graph.reach import ancestors
+from mstc.graph.results import returned_by
 from mstc.ops.table import use_table_gradient
 from mstc.ops.wide_sums import widened
 
@@ -214,7 +215,7 @@ def trace_joint(body: fx.GraphModule, fakes: Fakes, needs: Needs) -> Joint:
     cotangents = [torch.empty_like(fakes.results[i]) for i in grads]
     with torch.no_grad():
         gm = compat.trace_flat(joint, [*fakes.tokens, *fakes.shared, *cotangents, *fakes.lengths])
-    returned = iter(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    returned = iter(returned_by(gm.graph))
     results = tuple(itertools.islice(returned, len(fakes.results)))
     xs = list(itertools.islice(returned, len(products)))
     found = iter([next(returned) if there else None for there in present])

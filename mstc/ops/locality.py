@@ -12,7 +12,8 @@ import operator
 import torch.fx as fx
 
 from mstc.graph.copies import copy_of
-from mstc.graph.live import is_reduction, root_of
+from mstc.graph.fusion import is_reduction
+from mstc.graph.views import root_of
 
 
 def near_readers(gm: fx.GraphModule) -> fx.GraphModule:

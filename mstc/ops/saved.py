@@ -16,8 +16,9 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.editor import OFFLOADED
-from mstc.graph.live import is_view
+from mstc.graph.results import returned_by
 from mstc.graph.text import digest
+from mstc.graph.views import is_view
 from mstc.ops import offload as _registered  # noqa: F401  (the ops that are called below)
 from mstc.ops.pieces import dense_strides, order_of
 
@@ -30,8 +31,7 @@ def offloads_of(gm: fx.GraphModule) -> str:
 
 def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:
     """Let the tagged values among those saved wait elsewhere; ``results``: the forward's own, which stay."""
-    output = forward.graph.output_node()
-    returned = list(output.args[0])  # type: ignore[arg-type]
+    returned = returned_by(forward.graph)
     inputs = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
     own = set(returned[:results])
     fetched = []
@@ -42,7 +42,7 @@ def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, results: in
         if placeholder.users:
             returned[i] = _offload(forward.graph, value)
             fetched.append((placeholder, returned[i]))
-    output.args = (tuple(returned),)
+    forward.graph.output_node().args = (tuple(returned),)
     _fetch(backward.graph, fetched)
 
 

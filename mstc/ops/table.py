@@ -16,13 +16,24 @@ import torch.fx as fx
 
 aten = torch.ops.aten
 
+# Of a gradient that must be copied to be scattered.
+PIECES = 16
+
 torch.library.define("mstc::table_gradient", "(Tensor grad, Tensor index, SymInt rows) -> Tensor")
 
 
 @torch.library.impl("mstc::table_gradient", "CPU")
 def _table_gradient(grad: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """Scattered in pieces where it does not lie in order (a bias of all pairs does not): only a piece is copied."""
     width = grad.shape[-1]
-    return grad.new_zeros((rows, width)).index_add_(0, index.reshape(-1), grad.reshape(index.numel(), width))
+    total = grad.new_zeros((rows, width))
+    pieces = [(index, grad)]
+    if index.dim() and not grad.is_contiguous():
+        longest = max(range(index.dim()), key=index.size)
+        pieces = list(zip(index.chunk(PIECES, longest), grad.chunk(PIECES, longest), strict=True))
+    for i, g in pieces:
+        total.index_add_(0, i.reshape(-1), g.reshape(i.numel(), width))
+    return total
 
 
 def _table_gradient_fake(grad: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:

@@ -19,8 +19,10 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.costs import factors_of, is_heavy, numel
-from mstc.graph.live import in_memory, is_fusible, is_view, root_of
+from mstc.graph.fusion import in_memory, is_fusible
 from mstc.graph.reach import ancestors, descendants
+from mstc.graph.results import returned_by
+from mstc.graph.views import is_view, root_of
 from mstc.ops.writer import Writer
 
 aten = torch.ops.aten
@@ -91,8 +93,7 @@ def _come_last(gradient: fx.Node, wide: set[fx.Node]) -> None:
     graph = gradient.graph
     earlier = set(itertools.takewhile(lambda n: n is not reader, graph.nodes))
     after_wide = descendants(wide & earlier, earlier)
-    returned: Any = graph.output_node().args[0]
-    results = dict.fromkeys(root_of(r) for r in returned if isinstance(r, fx.Node))
+    results = dict.fromkeys(root_of(r) for r in returned_by(graph) if isinstance(r, fx.Node))
     write, x = Writer(reader), operand
     for result in (r for r in results if r in after_wide and r not in wide):
         done = write(aten.isnan.default, write(aten.sum.default, result))

@@ -15,7 +15,7 @@ from mstc import compat
 from mstc.graph.attention import is_attention
 from mstc.graph.costs import attention_flops, matmul_flops, nbytes
 from mstc.graph.editor import has_order
-from mstc.graph.live import is_view
+from mstc.graph.views import is_view
 from mstc.ops.loop import is_loop
 from mstc.ops.program import program
 from mstc.ops.saved import offloads_of

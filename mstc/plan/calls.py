@@ -18,8 +18,8 @@ from torch.utils.flop_counter import flop_registry
 from mstc.graph.attention import is_attention, is_causal, share_seen, window_of
 from mstc.graph.costs import bytes_of, hint, is_heavy, matmul_flops, numel
 from mstc.graph.editor import OFFLOADED
-from mstc.graph.live import is_view
 from mstc.graph.provenance import layer_of
+from mstc.graph.views import is_view
 from mstc.ops.loop import LOSS_LOOP, is_loop
 from mstc.ops.program import Program, program
 from mstc.plan.attention import workspace_of_attention

@@ -9,11 +9,11 @@ import torch.fx as fx
 
 from mstc.graph.axes import Tokenwise
 from mstc.graph.costs import UNKNOWN_LENGTH, hint, is_heavy, matmul_flops, nbytes
-from mstc.graph.live import is_view
 from mstc.graph.places import Place
 from mstc.graph.regions import Region
 from mstc.graph.rules import flow_of
 from mstc.graph.sizes import UnknownSize, evaluate, size
+from mstc.graph.views import is_view
 from mstc.ops.body import dynamic_lengths
 from mstc.ops.build import examples_of
 from mstc.plan.words import bytes_text, counted

@@ -20,7 +20,9 @@ from mstc.graph.attention import SDPA
 from mstc.graph.copies import copy_of
 from mstc.graph.costs import bytes_of, hint
 from mstc.graph.editor import Editor
-from mstc.graph.live import in_memory, makes, readers, results_of, root_of, steps
+from mstc.graph.fusion import in_memory, makes, readers
+from mstc.graph.live import results_of, steps
+from mstc.graph.views import root_of
 from mstc.ops.attention_shape import SHAPE
 from mstc.ops.body import Value
 from mstc.ops.loop import LOSS_LOOP, is_loop

@@ -106,6 +106,21 @@ def test_sizes_that_only_a_run_tells_are_refused() -> None:
     assert refusal.reason.startswith("only a run tells how long it is")
 
 
+def test_an_expert_without_tokens_stays_whole() -> None:
+    """Split by counts that the program reads: an axis of length 0 beside one of all tokens."""
+    weights = torch.randn(2, 16, 16, requires_grad=True)
+
+    def experts(x: Tensor) -> Tensor:
+        return torch.cat([(part @ w).tanh() @ w for part, w in zip(x.split([0, 512]), weights, strict=True)]).sum()
+
+    x = torch.randn(512, 16)
+    fn = _compiled(experts, "8MiB")
+    assert fn(x).item() == pytest.approx(experts(x).item(), rel=1e-4)
+    (expected,) = torch.autograd.grad(experts(x), weights)
+    fn(x).backward()
+    torch.testing.assert_close(weights.grad, expected)
+
+
 def test_small_sizes_are_told_in_small_units() -> None:
     weight = torch.randn(8, 8, requires_grad=True)
     fn = torch.compile(lambda x: (x @ weight).sum(), backend="mstc", options={"lower": "eager", "memory_budget": 9})

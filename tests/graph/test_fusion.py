@@ -1,0 +1,69 @@
+"""Which values reach memory through Inductor: the peak that they make, against that of the compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mstc import compat
+from mstc.graph.live import peak_bytes
+from testkit.allocator import measured_peak
+
+pytestmark = pytest.mark.inductor
+
+SIDE = 256
+VALUE = 4 * SIDE * SIDE
+
+
+def slow_behind_a_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """The gate of an MLP, which its backward reads again."""
+    gate = x.sigmoid() * x
+    return ((gate * y) @ w).sin() @ w * gate
+
+
+def cheap_behind_a_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    gate = x + x
+    return ((gate * y) @ w).sin() @ w * gate
+
+
+def many_reads_behind_a_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    gate = x + y * w + x[0] * y[1] - w[2]
+    return ((gate * y) @ w).sin() @ w * gate
+
+
+def slow_beside_a_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    gate = x.sigmoid() * x
+    return (gate * y) @ ((x @ w) * gate)
+
+
+def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    both = torch.cat([x.neg(), y], -1)
+    return both.square().sum(-1) + both.mean(-1) + w[0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "values"),
+    [
+        (slow_behind_a_product, 3),
+        (cheap_behind_a_product, 2),
+        (many_reads_behind_a_product, 3),
+        (slow_beside_a_product, 3),
+        (concatenated, 2),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_the_peak_of_the_compiled_code(fn: Callable[..., Tensor], values: int) -> None:
+    """values: of [SIDE, SIDE], at the peak."""
+    with compat.FakeTensorMode():
+        fakes = [torch.empty(SIDE, SIDE) for _ in range(3)]
+    told = peak_bytes(compat.trace_flat(lambda *xs: [fn(*xs)], fakes), fused=True)
+    inputs = [torch.randn(SIDE, SIDE) for _ in range(3)]
+    compiled = torch.compile(fn, dynamic=False)
+    with torch.no_grad():
+        compiled(*inputs)
+        measured = measured_peak(lambda: compiled(*inputs), nn.Module())
+    assert told == pytest.approx(values * VALUE, rel=0.02)
+    assert measured == pytest.approx(told, rel=0.02)

@@ -25,19 +25,25 @@ INLINED_READS = 4
 
 def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
     """The nodes whose values exist in memory when pointwise chains are fused, each once."""
-    made: dict[fx.Node, None] = {}
-    for node in graph.nodes:
-        opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)
-        if node.op == "output" or (opaque and not is_reduction(node)):
-            made |= dict.fromkeys(map(root_of, node.all_input_nodes))
-        if opaque or is_concatenation(node):
-            made[node] = None
+    made = needed_whole(graph)
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
     for node in reversed(_stored(graph, made)):
         found = sorted(_read_at(node, made), key=order.__getitem__)
         window = nodes[order[found[0]] : order[found[-1]] + 1] if found else []
         if node not in made and (_is_repeated(node) or _are_apart(found, window, made)):
+            made[node] = None
+    return made
+
+
+def needed_whole(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes whose values must exist in memory: what something other than a pointwise chain reads or makes."""
+    made: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)
+        if node.op == "output" or (opaque and not is_reduction(node)):
+            made |= dict.fromkeys(map(root_of, node.all_input_nodes))
+        if opaque or is_concatenation(node):
             made[node] = None
     return made
 
@@ -65,12 +71,12 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
 
 
 def _are_apart(found: Sequence[fx.Node], within: Sequence[fx.Node], made: Mapping[fx.Node, None]) -> bool:
-    """Whether one of the nodes needs what an op that runs by itself makes of another: no kernel has both.
+    """Whether one of the nodes needs what an op that runs by itself, or a sum, makes of another: no loop has both.
 
     within: the nodes of the graph from the first to the last of them.
     """
     window = set(within)
-    alone = {n for n in within if makes(n, made) and not is_in_kernel(n)}
+    alone = {n for n in within if is_reduction(n) or (makes(n, made) and not is_in_kernel(n))}
     return any(not descendants(descendants([n], window) & alone, window).isdisjoint(found) for n in found)
 
 

@@ -19,7 +19,7 @@ import torch.fx as fx
 
 from mstc import compat
 from mstc.graph.costs import factors_of, is_heavy, numel
-from mstc.graph.fusion import in_memory, is_fusible
+from mstc.graph.fusion import is_fusible, needed_whole
 from mstc.graph.reach import ancestors, descendants
 from mstc.graph.results import returned_by
 from mstc.graph.views import is_view, root_of
@@ -64,7 +64,7 @@ def compute_where_read(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphMod
     graph = whole.graph
     graph.eliminate_dead_code()
     wide = {n for n in graph.nodes if n.op == "call_function" and numel(n) * WIDENS >= widest}
-    for gradient in [n for n in in_memory(graph) if n in wide and is_fusible(n)]:
+    for gradient in [n for n in needed_whole(graph) if n in wide and is_fusible(n)]:
         _come_last(gradient, wide)
     _copy_per_reader(graph, wide)
     graph.lint()
@@ -135,6 +135,6 @@ def _copy_per_reader(graph: fx.Graph, wide: set[fx.Node]) -> None:
 
 def _inlined(graph: fx.Graph) -> set[fx.Node]:
     """What is computed in the kernels that read it."""
-    held = in_memory(graph)
+    held = needed_whole(graph)
     calls = [n for n in graph.nodes if n.op == "call_function" and (is_view(n) or is_fusible(n))]
     return {n for n in calls if root_of(n) not in held}

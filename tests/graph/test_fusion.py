@@ -39,6 +39,14 @@ def slow_beside_a_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return (gate * y) @ ((x @ w) * gate)
 
 
+def slow_around_a_sum(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """A gate that is normalized, and the gradient of that norm."""
+    gate = x.sigmoid() * x
+    scale = gate.square().sum(-1, keepdim=True).rsqrt()
+    gradient = scale * (y - gate * (y * gate).sum(-1, keepdim=True))
+    return torch.cat([(gate * scale) @ w[:, :8], gradient @ w[:, :8]], -1)
+
+
 def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     both = torch.cat([x.neg(), y], -1)
     return both.square().sum(-1) + both.mean(-1) + w[0]
@@ -51,6 +59,7 @@ def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         (cheap_behind_a_product, 2),
         (many_reads_behind_a_product, 3),
         (slow_beside_a_product, 3),
+        (slow_around_a_sum, 3),
         (concatenated, 2),
     ],
     ids=lambda x: getattr(x, "__name__", ""),

@@ -71,13 +71,20 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
 
 
 def _are_apart(found: Sequence[fx.Node], within: Sequence[fx.Node], made: Mapping[fx.Node, None]) -> bool:
-    """Whether one of the nodes needs what an op that runs by itself, or a sum, makes of another: no loop has both.
+    """Whether the nodes share no loop with what they read: one needs what an op that runs by itself makes of another.
 
+    On a CPU sums have loops of their own, before what needs them.
     within: the nodes of the graph from the first to the last of them.
     """
+    if any(_is_sum_on_cpu(n) for n in found):
+        return True
     window = set(within)
-    alone = {n for n in within if is_reduction(n) or (makes(n, made) and not is_in_kernel(n))}
-    return any(not descendants(descendants([n], window) & alone, window).isdisjoint(found) for n in found)
+    alone = {n for n in within if _is_sum_on_cpu(n) or (makes(n, made) and not is_in_kernel(n))}
+    for node in found:
+        behind = {user for n in descendants([node], window) & alone for user in n.users}
+        if not descendants(behind, window).isdisjoint(found):
+            return True
+    return False
 
 
 def _read_at(node: fx.Node, made: Mapping[fx.Node, None]) -> set[fx.Node]:
@@ -165,15 +172,22 @@ def is_reduction(node: fx.Node) -> bool:
 
 def is_concatenation(node: fx.Node) -> bool:
     """Whether it is one whole buffer, into which its operands are written: so on a CPU (``lowering.cat``)."""
-    value = node.meta.get("val")
-    return node.target is aten.cat.default and isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return node.target is aten.cat.default and _is_on_cpu(node)
 
 
 def _is_slow_on_cpu(node: fx.Node) -> bool:
     """Whether Inductor takes it for one of the ``heavy_ops`` of a CPU."""
+    return getattr(node.target, "overloadpacket", None) in _SLOW and _is_on_cpu(node)
+
+
+def _is_sum_on_cpu(node: fx.Node) -> bool:
+    return is_reduction(node) and _is_on_cpu(node)
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    cpu = isinstance(value, torch.Tensor) and value.device.type == "cpu"
-    return cpu and getattr(node.target, "overloadpacket", None) in _SLOW
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return isinstance(first, torch.Tensor) and first.device.type == "cpu"
 
 
 _REDUCTIONS = (

@@ -47,6 +47,21 @@ def slow_around_a_sum(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return torch.cat([(gate * scale) @ w[:, :8], gradient @ w[:, :8]], -1)
 
 
+def slow_before_one_sum(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    product, gate = y @ w, x.sigmoid() * x
+    return product * (gate * gate.cos()).sum(-1, keepdim=True)
+
+
+def slow_before_two_sums(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    product, gate = y @ w, x.sigmoid() * x
+    return product * gate.cos().sum(-1, keepdim=True) * (gate * y).sum(-1, keepdim=True)
+
+
+def slow_in_one_loop(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    product, gate = y @ w, x.sigmoid() * x
+    return product * (gate * gate.cos())
+
+
 def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     both = torch.cat([x.neg(), y], -1)
     return both.square().sum(-1) + both.mean(-1) + w[0]
@@ -60,6 +75,9 @@ def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         (many_reads_behind_a_product, 3),
         (slow_beside_a_product, 3),
         (slow_around_a_sum, 3),
+        (slow_before_one_sum, 2),
+        (slow_before_two_sums, 2),
+        (slow_in_one_loop, 1),
         (concatenated, 2),
     ],
     ids=lambda x: getattr(x, "__name__", ""),

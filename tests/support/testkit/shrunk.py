@@ -57,8 +57,24 @@ def shrink(config: Any) -> Any:
     for name in dir(config):
         if ("drop" in name or name in RANDOM) and isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
+    if hasattr(config, "qk_rope_head_dim"):
+        _fit_latent_attention(config)
     config.use_cache, config.pad_token_id, config.eos_token_id = False, 0, 2
     return config
+
+
+def _fit_latent_attention(config: Any) -> None:
+    """Sizes that the configurations of latent attention (DeepSeek) compute from others when they are made."""
+    rotary = config.qk_rope_head_dim
+    sizes = {
+        "head_dim": rotary,
+        "qk_head_dim": rotary + getattr(config, "qk_nope_head_dim", 0),
+        "num_key_value_heads": config.num_attention_heads,
+    }
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            with contextlib.suppress(AttributeError):
+                setattr(config, name, size)
 
 
 def shrink_deep(config: Any) -> Any:

@@ -7,8 +7,9 @@ computed.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.fx as fx
@@ -26,12 +27,9 @@ INLINED_READS = 4
 def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
     """The nodes whose values exist in memory when pointwise chains are fused, each once."""
     made = needed_whole(graph)
-    nodes = list(graph.nodes)
-    order = {node: i for i, node in enumerate(nodes)}
+    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in reversed(_stored(graph, made)):
-        found = sorted(_read_at(node, made), key=order.__getitem__)
-        window = nodes[order[found[0]] : order[found[-1]] + 1] if found else []
-        if node not in made and (_is_repeated(node) or _are_apart(found, window, made)):
+        if _is_repeated(node) or _are_apart(_read_at(node, made), order, made):
             made[node] = None
     return made
 
@@ -49,7 +47,7 @@ def needed_whole(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
-    """The values with several readers that are computed once all the same, as Inductor decides when it lowers each
+    """The other values with several readers that are computed once all the same, as Inductor decides as it lowers each
     (``StorageBox.should_realize_on_reuse``): of many reads, or on a CPU by an op that takes long. One whose readers
     share a kernel with it still never reaches memory."""
     stored: dict[fx.Node, None] = {}
@@ -65,21 +63,21 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
         reads[node] = frozenset().union(*read)
         if _is_slow_on_cpu(node) or not slow.isdisjoint(inlined):
             slow.add(node)
-        if len(node.users) > 1 and (len(reads[node]) > INLINED_READS or node in slow):
+        if node not in made and len(node.users) > 1 and (len(reads[node]) > INLINED_READS or node in slow):
             stored[node] = None
     return list(stored)
 
 
-def _are_apart(found: Sequence[fx.Node], within: Sequence[fx.Node], made: Mapping[fx.Node, None]) -> bool:
+def _are_apart(found: set[fx.Node], order: Mapping[fx.Node, int], made: Mapping[fx.Node, None]) -> bool:
     """Whether the nodes share no loop with what they read: one needs what an op that runs by itself makes of another.
 
-    On a CPU sums have loops of their own, before what needs them.
-    within: the nodes of the graph from the first to the last of them.
+    On a CPU sums have loops of their own, before what needs them. order: of all nodes of the graph.
     """
     if any(_is_sum_on_cpu(n) for n in found):
         return True
-    window = set(within)
-    alone = {n for n in within if _is_sum_on_cpu(n) or (makes(n, made) and not is_in_kernel(n))}
+    places = sorted(order[n] for n in found)
+    window = set(itertools.islice(order, places[0], places[-1] + 1)) if places else set()
+    alone = {n for n in window if _is_sum_on_cpu(n) or runs_alone(n, made)}
     for node in found:
         behind = {user for n in descendants([node], window) & alone for user in n.users}
         if not descendants(behind, window).isdisjoint(found):
@@ -121,6 +119,12 @@ def makes(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
     return runs and (made is None or node in made)
 
 
+def runs_alone(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
+    """Whether a node runs by itself: a matrix product, attention, a loop."""
+    in_kernel = is_fusible(node) or is_reduction(node) or getattr(node.target, "overloadpacket", None) in _INDEXED
+    return makes(node, made) and not in_kernel
+
+
 def readers(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:
     """For each value in memory, the nodes that read it, in order. What is not made whole reads where it is read.
 
@@ -158,11 +162,6 @@ def is_fusible(node: fx.Node) -> bool:
     """Pointwise, by torch's own tags; casts and constants too."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or node.target in _CHEAP
-
-
-def is_in_kernel(node: fx.Node) -> bool:
-    """Whether Inductor makes it part of a kernel, beside others; all else runs by itself."""
-    return is_fusible(node) or is_reduction(node) or getattr(node.target, "overloadpacket", None) in _INDEXED
 
 
 def is_reduction(node: fx.Node) -> bool:

@@ -14,11 +14,9 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.costs import nbytes, numel
-from mstc.graph.fusion import in_memory, is_concatenation, is_in_kernel, makes, readers, sources
+from mstc.graph.fusion import in_memory, is_concatenation, makes, readers, runs_alone, sources
 from mstc.graph.reach import ancestors
 from mstc.graph.views import is_view, root_of
-
-aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def peak_bytes(gm: fx.GraphModule, fused: bool = False, pooled: bool = False) -> int:
@@ -82,7 +80,7 @@ def steps(
         gone = dying.get(node, [])
         if made is None:
             yield Step(node, after=gone)
-        elif node.op == "output" or (makes(node, made) and not is_in_kernel(node)):
+        elif node.op == "output" or runs_alone(node, made):
             yield Step(node, before=waiting, after=gone)
             waiting = []
         else:
@@ -99,12 +97,13 @@ def _as_fused(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
     place: dict[fx.Node, int] = {}
     for node in graph.nodes:
         at = len(runs) - 1
-        if makes(node, made) and is_in_kernel(node):
+        alone = node.op == "output" or runs_alone(node, made)
+        if makes(node, made) and not alone:
             read = sources(node, made)
             first = max((place.get(v, 0) for v in read), default=at)
             at = next((i for i in range(first, at) if any(_share(node, read, *other) for other in kernels[i])), at)
             kernels[at].append((node, read))
-        elif makes(node, made) or node.op == "output":
+        elif alone:
             runs.append([])
             kernels.append([])
             at += 1

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mstc import compat
-from mstc.graph.live import peak_bytes
 from testkit.allocator import measured_peak
+from testkit.capture import traced_peak
 
 pytestmark = pytest.mark.inductor
 
@@ -84,9 +83,7 @@ def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 )
 def test_the_peak_of_the_compiled_code(fn: Callable[..., Tensor], values: int) -> None:
     """values: of [SIDE, SIDE], at the peak."""
-    with compat.FakeTensorMode():
-        fakes = [torch.empty(SIDE, SIDE) for _ in range(3)]
-    told = peak_bytes(compat.trace_flat(lambda *xs: [fn(*xs)], fakes), fused=True)
+    told = traced_peak(lambda *xs: [fn(*xs)], *[(SIDE, SIDE)] * 3, fused=True)
     inputs = [torch.randn(SIDE, SIDE) for _ in range(3)]
     compiled = torch.compile(fn, dynamic=False)
     with torch.no_grad():

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mstc import compat
-from mstc.graph.live import peak_bytes, results_of
+from mstc.graph.live import results_of
+from testkit.capture import traced_peak
 
 _ROW = 4 * 64  # bytes of one float32 row of 64
 
 
-def _peak(function: Callable[..., Any], *shapes: tuple[int, int], fused: bool = False, pooled: bool = False) -> int:
-    mode = compat.FakeTensorMode()
-    with mode:
-        fakes = [torch.empty(s) for s in shapes]
-    return peak_bytes(compat.trace_flat(function, fakes), fused, pooled)
-
-
 def test_a_chain_holds_two_values() -> None:
-    assert _peak(lambda x: [x.sin().cos().exp()], (8, 64)) == 2 * 8 * _ROW
+    assert traced_peak(lambda x: [x.sin().cos().exp()], (8, 64)) == 2 * 8 * _ROW
 
 
 def test_a_fused_chain_holds_its_result() -> None:
-    assert _peak(lambda x: [x.sin().cos().exp()], (8, 64), fused=True) == 8 * _ROW
+    assert traced_peak(lambda x: [x.sin().cos().exp()], (8, 64), fused=True) == 8 * _ROW
 
 
 def test_views_take_no_memory() -> None:
-    assert _peak(lambda x: [x.sin().view(64, 8).t()], (8, 64)) == 8 * _ROW
+    assert traced_peak(lambda x: [x.sin().view(64, 8).t()], (8, 64)) == 8 * _ROW
 
 
 def test_a_value_lives_until_its_last_reader() -> None:
@@ -39,30 +30,30 @@ def test_a_value_lives_until_its_last_reader() -> None:
         a = x.sin()
         return [(a.cos().exp() + a)]
 
-    assert _peak(branches, (8, 64)) == 3 * 8 * _ROW
+    assert traced_peak(branches, (8, 64)) == 3 * 8 * _ROW
 
 
 def test_operands_of_a_product_exist_even_where_fused() -> None:
-    assert _peak(lambda x, w: [x.sin() @ w], (8, 64), (64, 64), fused=True) == 2 * 8 * _ROW
+    assert traced_peak(lambda x, w: [x.sin() @ w], (8, 64), (64, 64), fused=True) == 2 * 8 * _ROW
 
 
 def test_results_of_one_op_lie_beside_what_it_reads_last() -> None:
-    assert _peak(lambda x: list(x.sin().sort(-1)), (8, 64)) == (1 + 1 + 2) * 8 * _ROW
+    assert traced_peak(lambda x: list(x.sin().sort(-1)), (8, 64)) == (1 + 1 + 2) * 8 * _ROW
 
 
 def test_pieces_of_a_split_are_views() -> None:
-    assert _peak(lambda x: [x.sin().split(4)[1].cos()], (8, 64)) == (8 + 4) * _ROW
+    assert traced_peak(lambda x: [x.sin().split(4)[1].cos()], (8, 64)) == (8 + 4) * _ROW
 
 
 def test_a_fused_kernel_does_not_write_over_what_it_reads_in_another_order() -> None:
     def transposed(x: Tensor, w: Tensor) -> list[Tensor]:
         return [(x @ w).t().clone(memory_format=torch.contiguous_format)]
 
-    assert _peak(transposed, (64, 64), (64, 64), fused=True) == 2 * 64 * _ROW
+    assert traced_peak(transposed, (64, 64), (64, 64), fused=True) == 2 * 64 * _ROW
 
 
 def test_a_fused_kernel_writes_over_what_it_reads_last() -> None:
-    assert _peak(lambda x, w: [(x @ w).exp()], (8, 64), (64, 64), fused=True) == 8 * _ROW
+    assert traced_peak(lambda x, w: [(x @ w).exp()], (8, 64), (64, 64), fused=True) == 8 * _ROW
 
 
 def test_a_fused_kernel_does_not_write_over_what_another_of_its_results_reads() -> None:
@@ -72,7 +63,7 @@ def test_a_fused_kernel_does_not_write_over_what_another_of_its_results_reads() 
         y = x @ w
         return [y.exp(), y.sin()]
 
-    assert _peak(two, (8, 64), (64, 64), fused=True) == 3 * 8 * _ROW
+    assert traced_peak(two, (8, 64), (64, 64), fused=True) == 3 * 8 * _ROW
 
 
 def test_a_fused_kernel_writes_over_what_it_reads_after_all_others() -> None:
@@ -82,7 +73,7 @@ def test_a_fused_kernel_writes_over_what_it_reads_after_all_others() -> None:
         y = x @ w
         return [y - y.amax(-1, keepdim=True)]
 
-    assert _peak(centred, (8, 64), (64, 64), fused=True) == 8 * _ROW + 4 * 8
+    assert traced_peak(centred, (8, 64), (64, 64), fused=True) == 8 * _ROW + 4 * 8
 
 
 def test_a_pool_hands_out_what_fits_and_keeps_the_rest() -> None:
@@ -90,10 +81,10 @@ def test_a_pool_hands_out_what_fits_and_keeps_the_rest() -> None:
         return [((x @ w) @ v) @ w]
 
     # 64, 16 and again 64 wide: the third takes the memory of the first; the second is too small to be of use.
-    assert _peak(narrow, (8, 16), (16, 64), (64, 16)) == 8 * _ROW + 2 * _ROW
-    assert _peak(narrow, (8, 16), (16, 64), (64, 16), pooled=True) == 8 * _ROW + 2 * _ROW
-    assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64)) == 8 * _ROW + 4
-    assert _peak(lambda x: [x[:2].sin().sum() + x], (8, 64), pooled=True) == (2 + 8) * _ROW + 4
+    assert traced_peak(narrow, (8, 16), (16, 64), (64, 16)) == 8 * _ROW + 2 * _ROW
+    assert traced_peak(narrow, (8, 16), (16, 64), (64, 16), pooled=True) == 8 * _ROW + 2 * _ROW
+    assert traced_peak(lambda x: [x[:2].sin().sum() + x], (8, 64)) == 8 * _ROW + 4
+    assert traced_peak(lambda x: [x[:2].sin().sum() + x], (8, 64), pooled=True) == (2 + 8) * _ROW + 4
 
 
 def test_nothing_is_freed_before_a_kernel_is_done() -> None:
@@ -103,7 +94,7 @@ def test_nothing_is_freed_before_a_kernel_is_done() -> None:
         y, z = x @ w, x @ v
         return [y.sum(0), (z.t() + 1).clone(memory_format=torch.contiguous_format)]
 
-    assert _peak(sums, (64, 64), (64, 64), (64, 64), fused=True) == 3 * 64 * _ROW + _ROW
+    assert traced_peak(sums, (64, 64), (64, 64), (64, 64), fused=True) == 3 * 64 * _ROW + _ROW
 
 
 def test_results_of_results() -> None:
@@ -126,5 +117,5 @@ def test_a_node_joins_an_earlier_kernel_that_reads_the_same() -> None:
         return [first, (y.cos() + first) @ v]
 
     shapes = (64, 64), (64, 64), (64, 1)
-    assert _peak(apart, *shapes, fused=True) == 3 * 64 * _ROW
-    assert _peak(after, *shapes, fused=True) == 2 * 64 * _ROW + _ROW
+    assert traced_peak(apart, *shapes, fused=True) == 3 * 64 * _ROW
+    assert traced_peak(after, *shapes, fused=True) == 2 * 64 * _ROW + _ROW

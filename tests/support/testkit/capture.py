@@ -9,7 +9,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from mstc import compat
 from mstc.graph.axes import Axes
+from mstc.graph.live import peak_bytes
 from mstc.graph.normal_form import normalize
 from mstc.graph.regions import Region, find_regions
 
@@ -74,3 +76,13 @@ def meta(*shape: int) -> Tensor:
 
 def labels_of(nodes: Sequence[fx.Node]) -> list[str]:
     return [n.name for n in nodes]
+
+
+def traced_peak(
+    function: Callable[..., Any], *shapes: tuple[int, int], fused: bool = False, pooled: bool = False
+) -> int:
+    """The peak in bytes that is told of a function over float32 values of these shapes."""
+    mode = compat.FakeTensorMode()
+    with mode:
+        fakes = [torch.empty(s) for s in shapes]
+    return peak_bytes(compat.trace_flat(function, fakes), fused, pooled)

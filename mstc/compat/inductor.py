@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,11 +21,13 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
+    "LoopLimits",
     "compile_block",
     "compile_by_shape",
     "compile_for",
     "count_auto_chunkings",
     "draws_as_eager",
+    "loop_limits",
     "mode_settings",
     "set_activation_memory_budget",
     "without_cudagraphs",
@@ -129,6 +131,30 @@ def draws_as_eager() -> bool:
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings behind a ``mode`` of ``torch.compile``; an unknown one raises ``RuntimeError``."""
     return dict(list_mode_options(mode))
+
+
+class LoopLimits(NamedTuple):
+    """What Inductor computes in one loop at most.
+
+    repeated: memories that a value reads, to be computed anew in each of its readers; ops, reads: of a value that is
+    not stored, however few read it.
+    """
+
+    repeated: int
+    ops: int
+    reads: int
+
+
+def loop_limits(on_cpu: bool) -> LoopLimits:
+    """The settings behind ``StorageBox.should_realize_on_reuse`` and ``has_exceeded_max_reads``: on a CPU loops are
+    longer since torch 2.13, where the settings of all devices, if set, stand above."""
+
+    def found(name: str) -> int:
+        of_all = getattr(inductor_config, f"realize_{name}")
+        device = f"realize_cpu_{name}" if on_cpu else f"_realize_{name}_default"
+        return int(getattr(inductor_config, device) if of_all is None else of_all)
+
+    return LoopLimits(inductor_config.realize_reads_threshold, found("opcount_threshold"), found("acc_reads_threshold"))
 
 
 def count_auto_chunkings() -> int:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
 
-from mstc.graph.costs import nbytes, numel
+from mstc import compat
+from mstc.graph.costs import numel
 from mstc.graph.reach import descendants
 from mstc.graph.views import is_view, root_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-# The memories that Inductor reads at most to compute a value anew in each of its readers (`realize_reads_threshold`).
-INLINED_READS = 4
 
 
 def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
@@ -29,7 +28,7 @@ def in_memory(graph: fx.Graph) -> dict[fx.Node, None]:
     made = needed_whole(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in reversed(_stored(graph, made)):
-        if _is_repeated(node) or _are_apart(_read_at(node, made), order, made):
+        if _is_repeated(node, made) or _are_apart(_read_at(node, made), order, made):
             made[node] = None
     return made
 
@@ -47,25 +46,59 @@ def needed_whole(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
-    """The other values with several readers that are computed once all the same, as Inductor decides as it lowers each
-    (``StorageBox.should_realize_on_reuse``): of many reads, or on a CPU by an op that takes long. One whose readers
-    share a kernel with it still never reaches memory."""
-    stored: dict[fx.Node, None] = {}
-    reads: dict[fx.Node, frozenset[fx.Node]] = {}
-    slow: set[fx.Node] = set()
+    """The other values that are computed once all the same, as Inductor decides as it lowers each: those of several
+    readers (``StorageBox.should_realize_on_reuse``) of many reads, or on a CPU by an op that takes long; any of which
+    the loop has grown long (``has_exceeded_max_reads``). One whose readers share a kernel with it still never reaches
+    memory."""
+    stored: list[fx.Node] = []
+    inlined: dict[fx.Node, _Loop] = {}
     for node in graph.nodes:
         if node.op != "call_function" or not is_fusible(node):
             continue
-        operands = {i: root_of(i) for i in node.all_input_nodes}
-        inlined = [v for v in operands.values() if v in reads and v not in made and v not in stored]
-        # Other parts of one memory are further reads.
-        read = (reads[v] if v in inlined else {i if numel(i) != numel(v) else v} for i, v in operands.items())
-        reads[node] = frozenset().union(*read)
-        if _is_slow_on_cpu(node) or not slow.isdisjoint(inlined):
-            slow.add(node)
-        if node not in made and len(node.users) > 1 and (len(reads[node]) > INLINED_READS or node in slow):
-            stored[node] = None
-    return list(stored)
+        loop = _loop_of(node, inlined)
+        limits = compat.loop_limits(_is_on_cpu(node))
+        reads, is_long = len(loop.reads), loop.length > limits.ops
+        again = len(node.users) > 1 and (reads > limits.repeated or loop.slow or is_long)
+        if node not in made and (again or reads > limits.reads or (is_long and reads > 1)):
+            stored.append(node)
+        elif node not in made:
+            inlined[node] = loop
+    return stored
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What computes a value: nodes, the memories that they read, and whether one of them takes long on a CPU."""
+
+    nodes: frozenset[fx.Node]
+    reads: frozenset[fx.Node]
+    slow: bool
+
+    @property
+    def length(self) -> int:
+        """The ops of one turn, as Inductor counts them (``OpCounterCSE``)."""
+        return len(self.reads) + sum(map(_ops_of, self.nodes))
+
+
+def _loop_of(node: fx.Node, inlined: Mapping[fx.Node, _Loop]) -> _Loop:
+    """The loop of a node that computes what ``inlined`` has of its operands anew."""
+    operands = {i: root_of(i) for i in node.all_input_nodes}
+    parts = [inlined[v] for v in operands.values() if v in inlined]
+    # Other parts of one memory are further reads.
+    own = {i if numel(i) != numel(v) else v for i, v in operands.items() if v not in inlined}
+    return _Loop(
+        frozenset({node}).union(*(p.nodes for p in parts)),
+        frozenset(own).union(*(p.reads for p in parts)),
+        _is_slow_on_cpu(node) or any(p.slow for p in parts),
+    )
+
+
+def _ops_of(node: fx.Node) -> int:
+    """What is computed for one element: the op, and its numbers; where a part is written, also whether it is one."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _PARTS:
+        return 8
+    return 1 + sum(isinstance(a, (int, float)) for a in node.args)
 
 
 def _are_apart(found: set[fx.Node], order: Mapping[fx.Node, int], made: Mapping[fx.Node, None]) -> bool:
@@ -100,16 +133,19 @@ def _read_at(node: fx.Node, made: Mapping[fx.Node, None]) -> set[fx.Node]:
     return found
 
 
-def _is_repeated(node: fx.Node) -> bool:
-    """Whether what reads the value is larger, so that no kernel computes both in one loop."""
+def _is_repeated(node: fx.Node, made: Mapping[fx.Node, None]) -> bool:
+    """Whether what reads the value is larger, so that no kernel computes both in one loop: also what is larger than
+    values that are computed on the way. Into a concatenation each operand is written by a loop of its own."""
     stack = [node]
+    seen: set[fx.Node] = set()
     while stack:
-        value = stack.pop()
-        for user in value.users:
-            if is_view(user):
-                stack.append(user)
-            elif is_fusible(user) and isinstance(user.meta.get("val"), torch.Tensor) and nbytes(user) > nbytes(node):
+        for user in stack.pop().users:
+            looped = is_fusible(user) and isinstance(user.meta.get("val"), torch.Tensor) and not is_concatenation(user)
+            if looped and numel(user) > numel(node):
                 return True
+            if user not in seen and user not in made and (looped or is_view(user)):
+                seen.add(user)
+                stack.append(user)
     return False
 
 
@@ -200,6 +236,7 @@ _SLOW = (
     *(aten.exp, aten.log, aten.log2, aten.log10, aten.log1p, aten.sigmoid, aten.tanh, aten.silu, aten.silu_backward),
     *(aten.softplus, aten.softplus_backward, aten.log_sigmoid_forward, aten.mish, aten.logit, aten.gelu_backward),
 )
+_PARTS = (aten.constant_pad_nd, aten.select_scatter, aten.slice_scatter, aten.slice_backward, aten.select_backward)
 _INDEXED = (
     *(aten.index, aten.index_put, aten._unsafe_index, aten._unsafe_index_put),
     *(aten.embedding, aten.scatter, aten.index_select, prims.iota),

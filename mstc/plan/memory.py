@@ -8,7 +8,7 @@ reader in the forward and comes back just before its first one in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.fx as fx
@@ -165,8 +165,7 @@ class _Run:
 
     def backward(self, i: int, call: Call) -> None:
         if call.grads and any(m in self._flowing for m in call.needs):
-            for memory in call.keeps:
-                self._make_again(memory)
+            self._make_again(call.keeps)
             sizes = self.step.sizes
             second = [m for m in call.grads if m in self._own or m in self._flowing]
             self._own.add(m for m in call.grads if m in self._fixed)
@@ -180,17 +179,21 @@ class _Run:
         self._saved.drop(done)
         self._rest.drop(done)
 
-    def _make_again(self, memory: str) -> None:
-        if memory in self._saved or memory in self._rest or memory in self._fixed:
-            return
-        if memory in self._offloaded:
-            self._rest.add((memory,))
-            return
-        maker = self._makers[memory]
-        for read in maker.reads:
-            self._make_again(read)
-        self._rest.add(m for m in maker.makes if m in self._needed)
-        self._note(maker, maker.cost.work[0], True)
+    def _make_again(self, memories: Sequence[str]) -> None:
+        """Whatever of these is not there, each after what it is made of; not by recursion: scans are long chains."""
+        stack = [(m, False) for m in reversed(memories)]
+        while stack:
+            memory, may_run = stack.pop()
+            if memory in self._saved or memory in self._rest or memory in self._fixed:
+                continue
+            maker = self._makers[memory]
+            if memory in self._offloaded:
+                self._rest.add((memory,))
+            elif may_run:
+                self._rest.add(m for m in maker.makes if m in self._needed)
+                self._note(maker, maker.cost.work[0], True)
+            else:
+                stack += [(memory, True), *((read, False) for read in reversed(maker.reads))]
 
     def _hold(self, memories: Iterable[str]) -> None:
         for m in memories:

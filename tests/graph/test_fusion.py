@@ -66,6 +66,31 @@ def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return both.square().sum(-1) + both.mean(-1) + w[0]
 
 
+def _padded(x: Tensor) -> Tensor:
+    return nn.functional.pad(x, (0, SIDE))
+
+
+def short_before_a_larger(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return _padded((x * y).cos())
+
+
+def long_before_a_larger(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    for _ in range(30):
+        x = (x * y).cos()
+    return _padded(x)
+
+
+def many_reads_before_a_larger(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    for i in range(13):
+        x = x + y[i]
+    return _padded(x)
+
+
+def read_again_on_the_way_to_a_larger(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    gate = x.sigmoid()
+    return _padded(gate * y) + _padded(gate)
+
+
 @pytest.mark.parametrize(
     ("fn", "values"),
     [
@@ -78,6 +103,10 @@ def concatenated(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         (slow_before_two_sums, 2),
         (slow_in_one_loop, 1),
         (concatenated, 2),
+        (short_before_a_larger, 2),
+        (long_before_a_larger, 3),
+        (many_reads_before_a_larger, 3),
+        (read_again_on_the_way_to_a_larger, 3),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

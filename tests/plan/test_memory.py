@@ -44,6 +44,20 @@ def test_what_runs_again_is_made_just_before_it_is_read() -> None:
     assert simulate(_step(again=True)).kept == {"a"}
 
 
+def test_a_long_chain_runs_again() -> None:
+    """As of a scan written as a loop over tokens."""
+    names = [f"s{i}" for i in range(2000)]
+    steps = [
+        Call("f", "f", "op", (a,), (b,), (a,), (a,), (b,), again=True)
+        for a, b in zip(["x", *names], names, strict=False)
+    ]
+    last = Call("h", "h", "op", (names[-1],), ("loss",), (names[-1],), (names[-1],), ("loss",))
+    step = Step([*steps, last], dict.fromkeys(["x", *names, "loss"], 1), (), ("x",), ("loss",), True)
+    points = simulate(step).points
+    assert [p.label for p in points] == ["f"] * 2000 + ["h"] + ["f"] * 2000 + ["h"] + ["f"] * 2000
+    assert max(p.total for p in points) == 1 + 2000 + 3  # x, the chain, the loss, its gradient and one more
+
+
 def test_what_is_offloaded_is_held_only_where_it_is_read() -> None:
     step = _step()
     step.calls[0] = replace(step.calls[0], offloads=("a",))

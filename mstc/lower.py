@@ -12,7 +12,7 @@ import torch.fx as fx
 from mstc import compat
 from mstc.ops.locality import near_readers
 from mstc.ops.products import fast_products
-from mstc.ops.saved import offload_saved, offloads_of
+from mstc.ops.saved import offload_saved, tags_of
 from mstc.ops.workspace import empty_strided
 from mstc.options import Options
 from mstc.report import Refusal, Report
@@ -33,8 +33,8 @@ def lower(
         return gm.forward
     compat.name_constants(gm)
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
-    offloads = offloads_of(gm)
-    backend = compat.partitioning_by(name, offload_saved, offloads) if offloads else compat.lower_with(name)
+    tags = tags_of(gm)
+    backend = compat.partitioning_by(name, offload_saved, tags) if tags else compat.lower_with(name)
     with compat.allocating_by(empty_strided), fast_products(), _any_strides(gm):
         compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
     return compiled

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from testkit.exactness import chunked, compare
 
@@ -29,3 +34,32 @@ def test_a_view_of_what_inductor_lays_out_otherwise(loops: bool) -> None:
     options = chunked(3) if loops else {"mini_sequence": False, "lm_head": False, "query_chunks": False}
     inputs = torch.randn(2, 6, 8), torch.randint(11, (2, 6))
     compare(loss, {"w": w, "head": head}, inputs, {**options, "lower": "inductor"}).check(torch.float32)
+
+
+@pytest.mark.inductor
+def test_caches_know_what_runs_again() -> None:
+    """One graph without and with a block that its user wants run again: AOTAutograd's cache tells them apart."""
+
+    def block(x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w).sin() @ w
+
+    def saved(run: Callable[[Tensor, Tensor], Tensor]) -> int:
+        """Bytes that a step through compiled code saves."""
+        torch._dynamo.reset()
+        options = {"mini_sequence": False, "recompute": {"checkpoints": "keep"}}
+        compiled = torch.compile(lambda x, w: run(x, w).cos(), backend="mstc", options=options, dynamic=False)
+        found: list[Tensor] = []
+
+        def pack(t: Tensor) -> Tensor:
+            found.append(t)
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            compiled(torch.randn(512, 16), torch.randn(16, 16, requires_grad=True)).sum().backward()
+        return sum(t.nbytes for t in found)
+
+    with fresh_cache():
+        plain = saved(block)
+        again = saved(lambda x, w: checkpoint(block, x, w, use_reentrant=False))
+        assert saved(block) == plain
+    assert again < plain

@@ -137,24 +137,30 @@ class LoopLimits(NamedTuple):
     """What Inductor computes in one loop at most.
 
     repeated: memories that a value reads, to be computed anew in each of its readers; ops, reads: of a value that is
-    not stored, however few read it.
+    not stored, however few read it; terms: one more than a sum has that is written out.
     """
 
     repeated: int
     ops: int
     reads: int
+    terms: int
 
 
 def loop_limits(on_cpu: bool) -> LoopLimits:
-    """The settings behind ``StorageBox.should_realize_on_reuse`` and ``has_exceeded_max_reads``: on a CPU loops are
-    longer since torch 2.13, where the settings of all devices, if set, stand above."""
+    """The settings behind ``StorageBox.should_realize_on_reuse``, ``has_exceeded_max_reads`` and ``Reduction.create``:
+    on a CPU loops are longer since torch 2.13, where the settings of all devices, if set, stand above."""
 
     def found(name: str) -> int:
         of_all = getattr(inductor_config, f"realize_{name}")
         device = f"realize_cpu_{name}" if on_cpu else f"_realize_{name}_default"
         return int(getattr(inductor_config, device) if of_all is None else of_all)
 
-    return LoopLimits(inductor_config.realize_reads_threshold, found("opcount_threshold"), found("acc_reads_threshold"))
+    return LoopLimits(
+        inductor_config.realize_reads_threshold,
+        found("opcount_threshold"),
+        found("acc_reads_threshold"),
+        inductor_config.unroll_reductions_threshold,
+    )
 
 
 def count_auto_chunkings() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ def needed_whole(graph: fx.Graph) -> dict[fx.Node, None]:
     made: dict[fx.Node, None] = {}
     for node in graph.nodes:
         opaque = node.op == "call_function" and not is_fusible(node) and not is_view(node)
-        if node.op == "output" or (opaque and not is_reduction(node)):
+        if node.op == "output" or (opaque and not _has_loop(node)):
             made |= dict.fromkeys(map(root_of, node.all_input_nodes))
         if opaque or is_concatenation(node):
             made[node] = None
@@ -68,27 +68,36 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class _Loop:
-    """What computes a value: nodes, the memories that they read, and whether one of them takes long on a CPU."""
+    """What computes a value: ops, the memories that they read, and whether one of them takes long on a CPU. Where sums
+    are written out, each of their terms has ops and reads of its own, told apart by a number."""
 
-    nodes: frozenset[fx.Node]
-    reads: frozenset[fx.Node]
+    ops: frozenset[tuple[fx.Node, int]]
+    reads: frozenset[tuple[fx.Node, int]]
     slow: bool
 
     @property
     def length(self) -> int:
         """The ops of one turn, as Inductor counts them (``OpCounterCSE``)."""
-        return len(self.reads) + sum(map(_ops_of, self.nodes))
+        return len(self.reads) + sum(_ops_of(node) for node, _ in self.ops)
+
+    def times(self, terms: int) -> _Loop:
+        return self if terms == 1 else _Loop(_repeated(self.ops, terms), _repeated(self.reads, terms), self.slow)
+
+
+def _repeated(found: Iterable[tuple[fx.Node, int]], terms: int) -> frozenset[tuple[fx.Node, int]]:
+    return frozenset((node, i * terms + j) for node, i in found for j in range(terms))
 
 
 def _loop_of(node: fx.Node, inlined: Mapping[fx.Node, _Loop]) -> _Loop:
     """The loop of a node that computes what ``inlined`` has of its operands anew."""
     operands = {i: root_of(i) for i in node.all_input_nodes}
-    parts = [inlined[v] for v in operands.values() if v in inlined]
+    terms = _terms_written_out(node)
+    parts = [inlined[v].times(terms) for v in operands.values() if v in inlined]
     # Other parts of one memory are further reads.
     own = {i if numel(i) != numel(v) else v for i, v in operands.items() if v not in inlined}
     return _Loop(
-        frozenset({node}).union(*(p.nodes for p in parts)),
-        frozenset(own).union(*(p.reads for p in parts)),
+        _repeated([(node, 0)], terms).union(*(p.ops for p in parts)),
+        _repeated([(v, 0) for v in own], terms).union(*(p.reads for p in parts)),
         _is_slow_on_cpu(node) or any(p.slow for p in parts),
     )
 
@@ -106,11 +115,11 @@ def _are_apart(found: set[fx.Node], order: Mapping[fx.Node, int], made: Mapping[
 
     On a CPU sums have loops of their own, before what needs them. order: of all nodes of the graph.
     """
-    if any(_is_sum_on_cpu(n) for n in found):
+    if any(is_sum_on_cpu(n) for n in found):
         return True
     places = sorted(order[n] for n in found)
     window = set(itertools.islice(order, places[0], places[-1] + 1)) if places else set()
-    alone = {n for n in window if _is_sum_on_cpu(n) or runs_alone(n, made)}
+    alone = {n for n in window if is_sum_on_cpu(n) or runs_alone(n, made)}
     for node in found:
         behind = {user for n in descendants([node], window) & alone for user in n.users}
         if not descendants(behind, window).isdisjoint(found):
@@ -157,8 +166,7 @@ def makes(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
 
 def runs_alone(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
     """Whether a node runs by itself: a matrix product, attention, a loop."""
-    in_kernel = is_fusible(node) or is_reduction(node) or getattr(node.target, "overloadpacket", None) in _INDEXED
-    return makes(node, made) and not in_kernel
+    return makes(node, made) and not is_fusible(node) and not _has_loop(node)
 
 
 def readers(graph: fx.Graph, made: Mapping[fx.Node, None] | None) -> dict[fx.Node, list[fx.Node]]:
@@ -195,14 +203,29 @@ def sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]:
 
 
 def is_fusible(node: fx.Node) -> bool:
-    """Pointwise, by torch's own tags; casts and constants too."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target in _CHEAP
+    """Pointwise, by torch's own tags; casts, constants, reads at indices and sums of few terms too."""
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _CHEAP:
+        return True
+    return getattr(node.target, "overloadpacket", None) in _GATHERS or _terms_written_out(node) > 1
 
 
 def is_reduction(node: fx.Node) -> bool:
-    """Whether the node adds up, or compares, what it reads."""
-    return getattr(node.target, "overloadpacket", None) in _REDUCTIONS
+    """Whether the node adds up, or compares, what it reads, in a loop over that."""
+    return getattr(node.target, "overloadpacket", None) in _REDUCTIONS and _terms_written_out(node) == 1
+
+
+def _has_loop(node: fx.Node) -> bool:
+    """Whether Inductor writes a loop for it, in which its operands are computed."""
+    return is_reduction(node) or getattr(node.target, "overloadpacket", None) in _SCATTERS
+
+
+def _terms_written_out(node: fx.Node) -> int:
+    """How many terms of a reduction are written out, so that it is pointwise: few (``Reduction.create``)."""
+    if getattr(node.target, "overloadpacket", None) not in _UNROLLED or not numel(node):
+        return 1
+    terms = numel(node.all_input_nodes[0]) // numel(node)
+    few = terms < compat.loop_limits(_is_on_cpu(node)).terms
+    return max(terms, 1) if few and not (_is_on_cpu(node) and numel(node) == 1) else 1
 
 
 def is_concatenation(node: fx.Node) -> bool:
@@ -215,7 +238,8 @@ def _is_slow_on_cpu(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in _SLOW and _is_on_cpu(node)
 
 
-def _is_sum_on_cpu(node: fx.Node) -> bool:
+def is_sum_on_cpu(node: fx.Node) -> bool:
+    """Whether it has a loop of its own."""
     return is_reduction(node) and _is_on_cpu(node)
 
 
@@ -229,17 +253,23 @@ _REDUCTIONS = (
     *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all),
     *(aten.argmax, aten.argmin, aten.logsumexp, aten.var, aten.var_mean, aten.std),
     *(aten._softmax, aten._log_softmax, aten._softmax_backward_data, aten._log_softmax_backward_data),
-    *(aten.nll_loss_forward, aten.gather),
+    aten.nll_loss_forward,
 )
+_UNROLLED = (aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.any, aten.all)
 # What is made of exp, log, sigmoid or tanh.
 _SLOW = (
     *(aten.exp, aten.log, aten.log2, aten.log10, aten.log1p, aten.sigmoid, aten.tanh, aten.silu, aten.silu_backward),
     *(aten.softplus, aten.softplus_backward, aten.log_sigmoid_forward, aten.mish, aten.logit, aten.gelu_backward),
 )
 _PARTS = (aten.constant_pad_nd, aten.select_scatter, aten.slice_scatter, aten.slice_backward, aten.select_backward)
-_INDEXED = (
-    *(aten.index, aten.index_put, aten._unsafe_index, aten._unsafe_index_put),
-    *(aten.embedding, aten.scatter, aten.index_select, prims.iota),
+# Read at indices, and written at indices into a copy of the first operand.
+_GATHERS = (
+    *(aten.index, aten._unsafe_index, aten._unsafe_masked_index, aten.index_select, aten.gather),
+    *(aten.embedding, prims.iota),
+)
+_SCATTERS = (
+    *(aten.index_put, aten._unsafe_index_put, aten._unsafe_masked_index_put_accumulate),
+    *(aten.scatter, aten.scatter_add),
 )
 _CHEAP = (
     aten._to_copy.default,

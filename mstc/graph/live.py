@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from mstc.graph.costs import nbytes, numel
-from mstc.graph.fusion import in_memory, is_concatenation, makes, readers, runs_alone, sources
+from mstc.graph.fusion import in_memory, is_concatenation, is_sum_on_cpu, makes, readers, runs_alone, sources
 from mstc.graph.reach import ancestors
 from mstc.graph.views import is_view, root_of
 
@@ -172,11 +172,12 @@ def may_write_over(
 ) -> bool:
     """Whether a fused kernel may write ``node`` over ``value`` (``SchedulerNode.decide_inplace_update`` of Inductor).
 
-    Each other reader has run, since ``node`` is made of it (one that merely comes earlier may share the kernel), and
-    each element is written where it was read.
+    Each other reader has run, since ``node`` is made of it or it has a loop of its own before (another that merely
+    comes earlier may share the kernel), and each element is written where it was read.
     """
     may = nbytes(value) == nbytes(node) and not is_concatenation(value)
-    return may and set(reading) <= ancestors([node]) and _in_place(node, value, made)
+    others = {reader for reader in reading if not is_sum_on_cpu(reader)}
+    return may and others <= ancestors([node]) and _in_place(node, value, made)
 
 
 def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:

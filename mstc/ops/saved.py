@@ -29,6 +29,21 @@ def offloads_of(gm: fx.GraphModule) -> str:
     return digest(*tags.items()) if tags else ""
 
 
+def tags_of(gm: fx.GraphModule) -> str:
+    """A digest of what is tagged in a graph, to wait elsewhere or to run again; "" where nothing is.
+
+    Tags stand beside the code of a graph, which is all of it that AOTAutograd's cache knows.
+    """
+    again = {n.name: (str(n.meta["recompute"]), n.meta.get("ac_graph_id", 0)) for n in gm.graph.nodes if _again(n)}
+    blocks = sorted({block for _, block in again.values()})
+    tags = [offloads_of(gm), *((name, tag, blocks.index(block)) for name, (tag, block) in again.items())]
+    return digest(*tags) if any(tags) else ""
+
+
+def _again(node: fx.Node) -> bool:
+    return node.meta.get("recompute") is not None
+
+
 def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:
     """Let the tagged values among those saved wait elsewhere; ``results``: the forward's own, which stay."""
     returned = returned_by(forward.graph)
@@ -42,8 +57,9 @@ def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, results: in
         if placeholder.users:
             returned[i] = _offload(forward.graph, value)
             fetched.append((placeholder, returned[i]))
-    forward.graph.output_node().args = (tuple(returned),)
-    _fetch(backward.graph, fetched)
+    if fetched:
+        forward.graph.output_node().args = (tuple(returned),)
+        _fetch(backward.graph, fetched)
 
 
 def _tagged(node: fx.Node) -> bool:

@@ -46,7 +46,7 @@ def test_gradients_are_bit_equal_and_the_peak_is_lower() -> None:
     budget = "400MiB"
     away, low = _gradients(loss_fn, model, ids, budget)
     assert any("wait for the backward elsewhere" in line for line in mstc.reports()[-1].plan)
-    with mock.patch.object(mstc.lower, "offloads_of", return_value=""):
+    with mock.patch.object(mstc.lower, "tags_of", return_value=""):
         kept, high = _gradients(loss_fn, model, ids, budget)
     assert all(torch.equal(a, b) for a, b in zip(away, kept, strict=True))
     assert low < high

@@ -82,7 +82,7 @@ def _run(of: Training, ids: Tensor, budget: str, lower: str = "aot_eager") -> _R
 
 def _kept(of: Training, ids: Tensor, budget: str, lower: str = "aot_eager") -> _Ran:
     """The same plan, but what it offloads is kept."""
-    with mock.patch.object(mstc.lower, "offloads_of", return_value=""):
+    with mock.patch.object(mstc.lower, "tags_of", return_value=""):
         ran = _run(of, ids, budget, lower)
     return replace(ran, step=replace(ran.step, calls=[replace(c, offloads=()) for c in ran.step.calls]))
 

@@ -173,11 +173,16 @@ def may_write_over(
     """Whether a fused kernel may write ``node`` over ``value`` (``SchedulerNode.decide_inplace_update`` of Inductor).
 
     Each other reader has run, since ``node`` is made of it or it has a loop of its own before (another that merely
-    comes earlier may share the kernel), and each element is written where it was read.
+    comes earlier may share the kernel, or wait for it), and each element is written where it was read.
     """
     may = nbytes(value) == nbytes(node) and not is_concatenation(value)
-    others = {reader for reader in reading if not is_sum_on_cpu(reader)}
+    others = {reader for reader in reading if not _runs_first(reader, made)}
     return may and others <= ancestors([node]) and _in_place(node, value, made)
+
+
+def _runs_first(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
+    """Whether it is a loop of its own that waits for no other."""
+    return is_sum_on_cpu(node) and not any(makes(v, made) and not runs_alone(v, made) for v in sources(node, made))
 
 
 def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:

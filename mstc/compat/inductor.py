@@ -7,7 +7,7 @@ wrapper of AOTAutograd either; that one, the settings and the counters lie in pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,20 +146,27 @@ class LoopLimits(NamedTuple):
     terms: int
 
 
-def loop_limits(on_cpu: bool) -> LoopLimits:
+def loop_limits(on_cpu: bool, settings: Mapping[str, Any] | None = None) -> LoopLimits:
     """The settings behind ``StorageBox.should_realize_on_reuse``, ``has_exceeded_max_reads`` and ``Reduction.create``:
-    on a CPU loops are longer since torch 2.13, where the settings of all devices, if set, stand above."""
+    on a CPU loops are longer since torch 2.13, where the settings of all devices, if set, stand above.
 
-    def found(name: str) -> int:
-        of_all = getattr(inductor_config, f"realize_{name}")
-        device = f"realize_cpu_{name}" if on_cpu else f"_realize_{name}_default"
-        return int(getattr(inductor_config, device) if of_all is None else of_all)
+    settings: of a graph, above those of the process.
+    """
+
+    def setting(name: str) -> Any:
+        return (settings or {}).get(name, getattr(inductor_config, name))
+
+    def longest(name: str) -> int:
+        of_all = setting(f"realize_{name}")
+        return int(
+            setting(f"realize_cpu_{name}" if on_cpu else f"_realize_{name}_default") if of_all is None else of_all
+        )
 
     return LoopLimits(
-        inductor_config.realize_reads_threshold,
-        found("opcount_threshold"),
-        found("acc_reads_threshold"),
-        inductor_config.unroll_reductions_threshold,
+        setting("realize_reads_threshold"),
+        longest("opcount_threshold"),
+        longest("acc_reads_threshold"),
+        setting("unroll_reductions_threshold"),
     )
 
 

@@ -52,11 +52,12 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
     memory."""
     stored: list[fx.Node] = []
     inlined: dict[fx.Node, _Loop] = {}
+    settings = getattr(graph.owning_module, "meta", {}).get("settings")
     for node in graph.nodes:
         if node.op != "call_function" or not is_fusible(node):
             continue
         loop = _loop_of(node, inlined)
-        limits = compat.loop_limits(_is_on_cpu(node))
+        limits = compat.loop_limits(_is_on_cpu(node), settings)
         reads, is_long = len(loop.reads), loop.length > limits.ops
         again = len(node.users) > 1 and (reads > limits.repeated or loop.slow or is_long)
         if node not in made and (again or reads > limits.reads or (is_long and reads > 1)):

@@ -27,6 +27,7 @@ __all__ = [
     "compile_for",
     "count_auto_chunkings",
     "draws_as_eager",
+    "inductor_decompositions",
     "loop_limits",
     "mode_settings",
     "set_activation_memory_budget",
@@ -168,6 +169,11 @@ def loop_limits(on_cpu: bool, settings: Mapping[str, Any] | None = None) -> Loop
         longest("acc_reads_threshold"),
         setting("unroll_reductions_threshold"),
     )
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """The ops that Inductor writes as others, before it makes kernels of a graph."""
+    return dict(select_decomp_table())
 
 
 def count_auto_chunkings() -> int:

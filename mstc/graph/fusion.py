@@ -47,9 +47,9 @@ def needed_whole(graph: fx.Graph) -> dict[fx.Node, None]:
 
 def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
     """The other values that are computed once all the same, as Inductor decides as it lowers each: those of several
-    readers (``StorageBox.should_realize_on_reuse``) of many reads, or on a CPU by an op that takes long; any of which
-    the loop has grown long (``has_exceeded_max_reads``). One whose readers share a kernel with it still never reaches
-    memory."""
+    readers (``StorageBox.should_realize_on_reuse``) of many reads, or of a long loop or on a CPU by an op that takes
+    long, for which one larger reader is several; any of which the loop has grown too long (``has_exceeded_max_reads``).
+    One whose readers share a kernel with it still never reaches memory."""
     stored: list[fx.Node] = []
     inlined: dict[fx.Node, _Loop] = {}
     settings = getattr(graph.owning_module, "meta", {}).get("settings")
@@ -59,7 +59,8 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
         loop = _loop_of(node, inlined)
         limits = compat.loop_limits(_is_on_cpu(node), settings)
         reads, is_long = len(loop.reads), loop.length > limits.ops
-        again = len(node.users) > 1 and (reads > limits.repeated or loop.slow or is_long)
+        several = len(node.users) > 1
+        again = (several and reads > limits.repeated) or ((several or _is_widened(node)) and (loop.slow or is_long))
         if node not in made and (again or reads > limits.reads or (is_long and reads > 1)):
             stored.append(node)
         elif node not in made:
@@ -143,6 +144,14 @@ def _read_at(node: fx.Node, made: Mapping[fx.Node, None]) -> set[fx.Node]:
     return found
 
 
+def _is_widened(node: fx.Node) -> bool:
+    """Whether an op reads the value several times, beside a larger one."""
+    for user in node.users:
+        if (is_view(user) and _is_widened(user)) or (is_fusible(user) and numel(user) > numel(node)):
+            return True
+    return False
+
+
 def _is_repeated(node: fx.Node, made: Mapping[fx.Node, None]) -> bool:
     """Whether what reads the value is larger, so that no kernel computes both in one loop: also what is larger than
     values that are computed on the way. Into a concatenation each operand is written by a loop of its own."""
@@ -204,10 +213,21 @@ def sources(node: fx.Node, made: Mapping[fx.Node, None] | None) -> set[fx.Node]:
 
 
 def is_fusible(node: fx.Node) -> bool:
-    """Pointwise, by torch's own tags; casts, constants, reads at indices and sums of few terms too."""
+    """Pointwise, by torch's own tags; casts, constants, reads at indices, sums of few terms too."""
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _CHEAP:
         return True
-    return getattr(node.target, "overloadpacket", None) in _GATHERS or _terms_written_out(node) > 1
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in _GATHERS or _terms_written_out(node) > 1 or _is_one_of_each_row(node)
+
+
+def _is_one_of_each_row(node: fx.Node) -> bool:
+    """Whether a constant has a number written to one place of each row, which Inductor takes for a comparison with the
+    place (``scatter_upon_const_tensor``)."""
+    if node.target is not aten.scatter.value:
+        return False
+    x, dim, index, _ = node.args
+    assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(index, fx.Node)
+    return x.target is aten.full.default and numel(index) * x.meta["val"].shape[dim] == numel(x)
 
 
 def is_reduction(node: fx.Node) -> bool:

@@ -176,13 +176,17 @@ def may_write_over(
     comes earlier may share the kernel, or wait for it), and each element is written where it was read.
     """
     may = nbytes(value) == nbytes(node) and not is_concatenation(value)
-    others = {reader for reader in reading if not _runs_first(reader, made)}
+    others = {reader for reader in reading if not _runs_first(reader, node, made)}
     return may and others <= ancestors([node]) and _in_place(node, value, made)
 
 
-def _runs_first(node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
-    """Whether it is a loop of its own that waits for no other."""
-    return is_sum_on_cpu(node) and not any(makes(v, made) and not runs_alone(v, made) for v in sources(node, made))
+def _runs_first(reader: fx.Node, node: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:
+    """Whether a reader is a loop of its own before that of ``node``: it waits for no other loop, or goes through other
+    elements, so that no loop around both has it wait."""
+    if not is_sum_on_cpu(reader):
+        return False
+    waits = any(makes(v, made) and not runs_alone(v, made) for v in sources(reader, made))
+    return not waits or _length(reader) != _length(node)
 
 
 def _in_place(node: fx.Node, value: fx.Node, made: Mapping[fx.Node, None] | None) -> bool:

@@ -118,13 +118,21 @@ class _Cost:
 
     @staticmethod
     def of(gm: fx.GraphModule, fused: bool, kept: bool) -> _Cost:
-        """kept: whether freed memory waits for the next chunk."""
+        """fused: by Inductor, which writes some ops as others first; kept: whether freed memory waits for the next
+        chunk."""
         made = [n for n in gm.graph.nodes if n.op == "call_function" and not is_view(n)]
         # A compiled body's kernels: its products, and between two of them about one that all the rest is fused into.
         kernels = 2 * sum(map(is_heavy, gm.graph.nodes)) + 1
         flops = sum(map(matmul_flops, gm.graph.nodes))
-        live, pooled = peaks_of(gm, fused)
+        live, pooled = peaks_of(_as_inductor_writes(gm) if fused else gm, fused)
         return _Cost(flops, live, pooled if kept else live, kernels, max(map(nbytes, made), default=0))
+
+
+def _as_inductor_writes(gm: fx.GraphModule) -> fx.GraphModule:
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    written = compat.trace_flat(gm, inputs, compat.inductor_decompositions())
+    written.meta.update(gm.meta)
+    return written
 
 
 @dataclass(frozen=True)
@@ -139,12 +147,12 @@ class _Traced:
     def costs(self, length: int, fused: bool) -> BodyCosts:
         """What forward and backward body cost for chunks of that length."""
         inputs = self.fakes.inputs()
-        with compat.isolated_tracing(self.mode):
-            forward = compat.trace_flat(self.body, inputs)
         kept = fused and bool(inputs) and inputs[0].device.type == "cpu"
-        a, b = _Cost.of(forward, fused, kept), _Cost()
+        with compat.isolated_tracing(self.mode):
+            a, b = _Cost.of(compat.trace_flat(self.body, inputs), fused, kept), _Cost()
+            if self.backward is not None:
+                b = _Cost.of(self.backward.gm, fused, kept)
         if self.backward is not None:
-            b = _Cost.of(self.backward.gm, fused, kept)
             products, factors = self._product_flops(self.backward), len(self.backward.call.factors)
             b = replace(b, flops=b.flops + products, kernels=b.kernels + factors)
         live, pooled, largest = (a.live, b.live), (a.pooled, b.pooled), (a.largest, b.largest)

@@ -28,7 +28,7 @@ def measured_peak(step: Callable[[], Any], model: nn.Module) -> int:
         now += size
         peak = max(peak, now)
     assert events, "the profiler saw no allocation"
-    return peak + sum(p.numel() * p.element_size() for p in model.parameters())
+    return peak + sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 def predicted_mib() -> float:

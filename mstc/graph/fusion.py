@@ -147,7 +147,9 @@ def _read_at(node: fx.Node, made: Mapping[fx.Node, None]) -> set[fx.Node]:
 def _is_widened(node: fx.Node) -> bool:
     """Whether an op reads the value several times, beside a larger one."""
     for user in node.users:
-        if (is_view(user) and _is_widened(user)) or (is_fusible(user) and numel(user) > numel(node)):
+        if (is_view(user) or is_fusible(user)) and numel(user) > numel(node):
+            return True
+        if is_view(user) and _is_widened(user):
             return True
     return False
 

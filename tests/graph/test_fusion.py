@@ -91,6 +91,23 @@ def read_again_on_the_way_to_a_larger(x: Tensor, y: Tensor, w: Tensor) -> Tensor
     return _padded(gate * y) + _padded(gate)
 
 
+def slow_and_broadcast(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return x.sigmoid() * y[:2, :1, None]
+
+
+def cheap_and_broadcast(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return (x + w) * y[:2, :1, None]
+
+
+def few_terms(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    pairs = (x * y).unflatten(1, (2, -1)).sum(1)
+    return w[:, : SIDE // 2] + pairs.sum(0)
+
+
+def written_at_indices(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return torch.index_put(torch.zeros_like(x), (torch.arange(SIDE),), y * w, accumulate=True)
+
+
 @pytest.mark.parametrize(
     ("fn", "values"),
     [
@@ -107,10 +124,14 @@ def read_again_on_the_way_to_a_larger(x: Tensor, y: Tensor, w: Tensor) -> Tensor
         (long_before_a_larger, 3),
         (many_reads_before_a_larger, 3),
         (read_again_on_the_way_to_a_larger, 3),
+        (slow_and_broadcast, 3),
+        (cheap_and_broadcast, 2),
+        (few_terms, 0.5),
+        (written_at_indices, 1),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_the_peak_of_the_compiled_code(fn: Callable[..., Tensor], values: int) -> None:
+def test_the_peak_of_the_compiled_code(fn: Callable[..., Tensor], values: float) -> None:
     """values: of [SIDE, SIDE], at the peak."""
     told = traced_peak(lambda *xs: [fn(*xs)], *[(SIDE, SIDE)] * 3, fused=True)
     inputs = [torch.randn(SIDE, SIDE) for _ in range(3)]

@@ -127,6 +127,13 @@ def results_of(node: fx.Node) -> list[fx.Node]:
     return [node, *(value for u in taken for value in results_of(u))]
 
 
+def maker_of(value: fx.Node) -> fx.Node:
+    """The op that made a value, which may be one of its results."""
+    while value.target is operator.getitem:
+        (value,) = value.all_input_nodes
+    return value
+
+
 class _Live:
     """Memory that goes back when it is dropped."""
 
@@ -185,7 +192,8 @@ def _runs_first(reader: fx.Node, node: fx.Node, made: Mapping[fx.Node, None] | N
     elements, so that no loop around both has it wait."""
     if not is_sum_on_cpu(reader):
         return False
-    waits = any(makes(v, made) and not runs_alone(v, made) for v in sources(reader, made))
+    makers = map(maker_of, sources(reader, made))
+    waits = any(makes(maker, made) and not runs_alone(maker, made) for maker in makers)
     return not waits or _length(reader) != _length(node)
 
 

@@ -7,7 +7,6 @@ with pointwise ops fused; `mstc.plan.memory` tells what other choices would chan
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from mstc.graph.copies import copy_of
 from mstc.graph.costs import bytes_of, hint
 from mstc.graph.editor import Editor
 from mstc.graph.fusion import in_memory, makes, readers
-from mstc.graph.live import results_of, steps
+from mstc.graph.live import maker_of, results_of, steps
 from mstc.graph.views import root_of
 from mstc.ops.attention_shape import SHAPE
 from mstc.ops.body import Value
@@ -129,7 +128,7 @@ def schedule_of(parts: Parts, kind: str) -> Schedule:
     ]
     waiting: dict[fx.Node, int] = {}
     for root in saved & forward.held.keys():
-        waiting[forward.maker(root)] = waiting.get(forward.maker(root), 0) + forward.held[root]
+        waiting[maker_of(root)] = waiting.get(maker_of(root), 0) + forward.held[root]
     if backward is None:
         return Schedule(tuple(first), (), waiting)
     entering = backward.entering(left, forward.held)
@@ -165,12 +164,6 @@ class _Part:
     def root(self, node: fx.Node) -> fx.Node:
         node = root_of(node)
         return self._same.get(node, node)
-
-    def maker(self, root: fx.Node) -> fx.Node:
-        """The op that made a root, which may be one of its results."""
-        while root.target is operator.getitem:
-            (root,) = root.all_input_nodes
-        return root
 
     def entering(self, left: Mapping[str, fx.Node], held: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
         """Bytes of the inputs, given what the other part left, by the names of its results. Several inputs that lie in

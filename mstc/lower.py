@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from mstc import compat
+from mstc.graph.views import any_strides
 from mstc.ops.locality import near_readers
 from mstc.ops.products import fast_products
 from mstc.ops.saved import offload_saved, tags_of
 from mstc.ops.workspace import empty_strided
 from mstc.options import Options
 from mstc.report import Refusal, Report
-
-aten = torch.ops.aten
-
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def lower(
@@ -35,29 +31,9 @@ def lower(
     patches = {"config_patches": settings} if settings and name == "inductor" else {}
     tags = tags_of(gm)
     backend = compat.partitioning_by(name, offload_saved, tags) if tags else compat.lower_with(name)
-    with compat.allocating_by(empty_strided), fast_products(), _any_strides(gm):
+    with compat.allocating_by(empty_strided), fast_products(), any_strides(gm):
         compiled: Callable[..., Any] = backend(gm, list(inputs), **patches)
     return compiled
-
-
-@contextlib.contextmanager
-def _any_strides(gm: fx.GraphModule) -> Iterator[None]:
-    """Inside, a view of the graph asks for a shape only, as what it came from did.
-
-    The graph was traced with PyTorch's strides; Inductor's decompositions make some others (of ``cat``, where all
-    operands but one are empty), and a view that they do not allow raises.
-    """
-    views = [n for target in _VIEWS for n in gm.graph.find_nodes(op="call_function", target=target)]
-    targets = [n.target for n in views]
-    for node in views:
-        node.target = aten.reshape.default
-    gm.recompile()
-    try:
-        yield
-    finally:
-        for node, target in zip(views, targets, strict=True):
-            node.target = target
-        gm.recompile()
 
 
 def mode_settings(mode: str | None, looping: Report | None = None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
-    "LoopLimits",
     "compile_block",
     "compile_by_shape",
     "compile_for",

@@ -19,7 +19,7 @@ from mstc.graph.regions import Region
 from mstc.graph.results import returned_by
 from mstc.graph.sizes import size, symbols_of
 from mstc.graph.text import canonical_text, digest
-from mstc.graph.views import is_view
+from mstc.graph.views import any_strides, is_view
 from mstc.ops import program as programs
 from mstc.ops.body import LENGTH, Value, dynamic_lengths, forward_body, with_lengths
 from mstc.ops.class_sums import use_class_sums
@@ -130,7 +130,8 @@ class _Cost:
 
 def _as_inductor_writes(gm: fx.GraphModule) -> fx.GraphModule:
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
-    written = compat.trace_flat(gm, inputs, compat.inductor_decompositions())
+    with any_strides(gm):
+        written = compat.trace_flat(gm, inputs, compat.inductor_decompositions())
     written.meta.update(gm.meta)
     return written
 

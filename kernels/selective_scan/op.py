@@ -87,14 +87,14 @@ def selective_scan_backward(
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, dt, a, b, c and the initial states."""
-    found: Any
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     kernels = triton_form(x, "selective_scan")
     if kernels is not None:
         found = kernels.backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
     else:
         form = blocks if _takes_blocks(x, compiled) else chunked
         found = form.run_backward(grad_out, grad_final, x, dt, a, b, c, kept, cu_seqlens)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @selective_scan_backward.register_fake

@@ -49,6 +49,7 @@ from mstc.compat.inductor import (
     loop_limits,
     mode_settings,
     set_activation_memory_budget,
+    unrolled_below,
     without_cudagraphs,
 )
 from mstc.compat.logs import compile_name, trace_artifact, tracing_to_file
@@ -119,6 +120,7 @@ __all__ = [
     "tracing_to_file",
     "tree_leaves",
     "unbound_lengths",
+    "unrolled_below",
     "vmap_step",
     "without_cudagraphs",
 ]

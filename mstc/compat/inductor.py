@@ -30,6 +30,7 @@ __all__ = [
     "loop_limits",
     "mode_settings",
     "set_activation_memory_budget",
+    "unrolled_below",
     "without_cudagraphs",
 ]
 
@@ -137,18 +138,17 @@ class LoopLimits(NamedTuple):
     """What Inductor computes in one loop at most.
 
     repeated: memories that a value reads, to be computed anew in each of its readers; ops, reads: of a value that is
-    not stored, however few read it; terms: one more than a sum has that is written out.
+    not stored, however few read it.
     """
 
     repeated: int
     ops: int
     reads: int
-    terms: int
 
 
 def loop_limits(on_cpu: bool, settings: Mapping[str, Any] | None = None) -> LoopLimits:
-    """The settings behind ``StorageBox.should_realize_on_reuse``, ``has_exceeded_max_reads`` and ``Reduction.create``:
-    on a CPU loops are longer since torch 2.13, where the settings of all devices, if set, stand above.
+    """The settings behind ``StorageBox.should_realize_on_reuse`` and ``has_exceeded_max_reads``: on a CPU loops are
+    longer since torch 2.13, where the settings of all devices, if set, stand above.
 
     settings: of a graph, above those of the process.
     """
@@ -158,16 +158,16 @@ def loop_limits(on_cpu: bool, settings: Mapping[str, Any] | None = None) -> Loop
 
     def longest(name: str) -> int:
         of_all = setting(f"realize_{name}")
-        return int(
-            setting(f"realize_cpu_{name}" if on_cpu else f"_realize_{name}_default") if of_all is None else of_all
-        )
+        if of_all is None:
+            of_all = setting(f"realize_cpu_{name}" if on_cpu else f"_realize_{name}_default")
+        return int(of_all)
 
-    return LoopLimits(
-        setting("realize_reads_threshold"),
-        longest("opcount_threshold"),
-        longest("acc_reads_threshold"),
-        setting("unroll_reductions_threshold"),
-    )
+    return LoopLimits(setting("realize_reads_threshold"), longest("opcount_threshold"), longest("acc_reads_threshold"))
+
+
+def unrolled_below() -> int:
+    """From how many terms on Inductor makes a loop of a sum (``Reduction.create``); fewer are written out."""
+    return int(inductor_config.unroll_reductions_threshold)
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:

@@ -53,11 +53,12 @@ def _stored(graph: fx.Graph, made: Mapping[fx.Node, None]) -> list[fx.Node]:
     stored: list[fx.Node] = []
     inlined: dict[fx.Node, _Loop] = {}
     settings = getattr(graph.owning_module, "meta", {}).get("settings")
+    limits_on = {on_cpu: compat.loop_limits(on_cpu, settings) for on_cpu in (False, True)}
     for node in graph.nodes:
         if node.op != "call_function" or not is_fusible(node):
             continue
         loop = _loop_of(node, inlined)
-        limits = compat.loop_limits(_is_on_cpu(node), settings)
+        limits = limits_on[_is_on_cpu(node)]
         reads, is_long = len(loop.reads), loop.length > limits.ops
         several = len(node.users) > 1
         again = (several and reads > limits.repeated) or ((several or _is_widened(node)) and (loop.slow or is_long))
@@ -83,10 +84,10 @@ class _Loop:
         return len(self.reads) + sum(_ops_of(node) for node, _ in self.ops)
 
     def times(self, terms: int) -> _Loop:
-        return self if terms == 1 else _Loop(_repeated(self.ops, terms), _repeated(self.reads, terms), self.slow)
+        return self if terms == 1 else _Loop(_per_term(self.ops, terms), _per_term(self.reads, terms), self.slow)
 
 
-def _repeated(found: Iterable[tuple[fx.Node, int]], terms: int) -> frozenset[tuple[fx.Node, int]]:
+def _per_term(found: Iterable[tuple[fx.Node, int]], terms: int) -> frozenset[tuple[fx.Node, int]]:
     return frozenset((node, i * terms + j) for node, i in found for j in range(terms))
 
 
@@ -98,16 +99,15 @@ def _loop_of(node: fx.Node, inlined: Mapping[fx.Node, _Loop]) -> _Loop:
     # Other parts of one memory are further reads.
     own = {i if numel(i) != numel(v) else v for i, v in operands.items() if v not in inlined}
     return _Loop(
-        _repeated([(node, 0)], terms).union(*(p.ops for p in parts)),
-        _repeated([(v, 0) for v in own], terms).union(*(p.reads for p in parts)),
+        _per_term([(node, 0)], terms).union(*(p.ops for p in parts)),
+        _per_term([(v, 0) for v in own], terms).union(*(p.reads for p in parts)),
         _is_slow_on_cpu(node) or any(p.slow for p in parts),
     )
 
 
 def _ops_of(node: fx.Node) -> int:
     """What is computed for one element: the op, and its numbers; where a part is written, also whether it is one."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in _PARTS:
+    if _packet(node) in _PARTS:
         return 8
     return 1 + sum(isinstance(a, (int, float)) for a in node.args)
 
@@ -218,8 +218,7 @@ def is_fusible(node: fx.Node) -> bool:
     """Pointwise, by torch's own tags; casts, constants, reads at indices, sums of few terms too."""
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _CHEAP:
         return True
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in _GATHERS or _terms_written_out(node) > 1 or _is_one_of_each_row(node)
+    return _packet(node) in _GATHERS or _terms_written_out(node) > 1 or _is_one_of_each_row(node)
 
 
 def _is_one_of_each_row(node: fx.Node) -> bool:
@@ -227,28 +226,28 @@ def _is_one_of_each_row(node: fx.Node) -> bool:
     place (``scatter_upon_const_tensor``)."""
     if node.target is not aten.scatter.value:
         return False
-    x, dim, index, _ = node.args
+    x, dim, index = node.args[:3]
     assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(index, fx.Node)
     return x.target is aten.full.default and numel(index) * x.meta["val"].shape[dim] == numel(x)
 
 
 def is_reduction(node: fx.Node) -> bool:
-    """Whether the node adds up, or compares, what it reads, in a loop over that."""
-    return getattr(node.target, "overloadpacket", None) in _REDUCTIONS and _terms_written_out(node) == 1
+    """Whether the node adds up, or compares, what it reads."""
+    return _packet(node) in _REDUCTIONS
 
 
 def _has_loop(node: fx.Node) -> bool:
-    """Whether Inductor writes a loop for it, in which its operands are computed."""
-    return is_reduction(node) or getattr(node.target, "overloadpacket", None) in _SCATTERS
+    """Whether Inductor writes a loop for it, in which its operands are computed: over what a reduction adds up, or over
+    what is written at indices."""
+    return _packet(node) in _SCATTERS or (is_reduction(node) and _terms_written_out(node) == 1)
 
 
 def _terms_written_out(node: fx.Node) -> int:
     """How many terms of a reduction are written out, so that it is pointwise: few (``Reduction.create``)."""
-    if getattr(node.target, "overloadpacket", None) not in _UNROLLED or not numel(node):
+    if _packet(node) not in _UNROLLED or not numel(node) or (numel(node) == 1 and _is_on_cpu(node)):
         return 1
     terms = numel(node.all_input_nodes[0]) // numel(node)
-    few = terms < compat.loop_limits(_is_on_cpu(node)).terms
-    return max(terms, 1) if few and not (_is_on_cpu(node) and numel(node) == 1) else 1
+    return max(terms, 1) if terms < compat.unrolled_below() else 1
 
 
 def is_concatenation(node: fx.Node) -> bool:
@@ -258,12 +257,17 @@ def is_concatenation(node: fx.Node) -> bool:
 
 def _is_slow_on_cpu(node: fx.Node) -> bool:
     """Whether Inductor takes it for one of the ``heavy_ops`` of a CPU."""
-    return getattr(node.target, "overloadpacket", None) in _SLOW and _is_on_cpu(node)
+    return _packet(node) in _SLOW and _is_on_cpu(node)
 
 
 def is_sum_on_cpu(node: fx.Node) -> bool:
-    """Whether it has a loop of its own."""
-    return is_reduction(node) and _is_on_cpu(node)
+    """Whether it is a sum with a loop of its own."""
+    return is_reduction(node) and _has_loop(node) and _is_on_cpu(node)
+
+
+def _packet(node: fx.Node) -> object:
+    """The op without its overload; None of what is none."""
+    return getattr(node.target, "overloadpacket", None)
 
 
 def _is_on_cpu(node: fx.Node) -> bool:
@@ -272,18 +276,19 @@ def _is_on_cpu(node: fx.Node) -> bool:
     return isinstance(first, torch.Tensor) and first.device.type == "cpu"
 
 
+_UNROLLED = (aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.any, aten.all)
 _REDUCTIONS = (
-    *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.all),
+    *(*_UNROLLED, aten.max, aten.min),
     *(aten.argmax, aten.argmin, aten.logsumexp, aten.var, aten.var_mean, aten.std),
     *(aten._softmax, aten._log_softmax, aten._softmax_backward_data, aten._log_softmax_backward_data),
     aten.nll_loss_forward,
 )
-_UNROLLED = (aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.any, aten.all)
 # What is made of exp, log, sigmoid or tanh.
 _SLOW = (
     *(aten.exp, aten.log, aten.log2, aten.log10, aten.log1p, aten.sigmoid, aten.tanh, aten.silu, aten.silu_backward),
     *(aten.softplus, aten.softplus_backward, aten.log_sigmoid_forward, aten.mish, aten.logit, aten.gelu_backward),
 )
+# Written into, or cut out of, what is otherwise constant or another value.
 _PARTS = (aten.constant_pad_nd, aten.select_scatter, aten.slice_scatter, aten.slice_backward, aten.select_backward)
 # Read at indices, and written at indices into a copy of the first operand.
 _GATHERS = (
@@ -305,10 +310,6 @@ _CHEAP = (
     aten.where.self,
     aten.arange.start_step,
     aten.cat.default,
-    aten.constant_pad_nd.default,
-    aten.select_scatter.default,
-    aten.slice_scatter.default,
-    aten.slice_backward.default,
-    aten.select_backward.default,
+    *(packet.default for packet in _PARTS),
     aten.nll_loss_backward.default,
 )

@@ -1,4 +1,4 @@
-"""Which memory a value lies in: its own, or that of what it views."""
+"""Which memory a value lies in: its own, or that of what it views; and views that any strides allow."""
 
 from __future__ import annotations
 

@@ -129,6 +129,7 @@ class _Cost:
 
 
 def _as_inductor_writes(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same function of the ops that Inductor makes kernels of, with the graph's settings."""
     inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     with any_strides(gm):
         written = compat.trace_flat(gm, inputs, compat.inductor_decompositions())
@@ -153,9 +154,8 @@ class _Traced:
             a, b = _Cost.of(compat.trace_flat(self.body, inputs), fused, kept), _Cost()
             if self.backward is not None:
                 b = _Cost.of(self.backward.gm, fused, kept)
-        if self.backward is not None:
-            products, factors = self._product_flops(self.backward), len(self.backward.call.factors)
-            b = replace(b, flops=b.flops + products, kernels=b.kernels + factors)
+                products, factors = self._product_flops(self.backward), len(self.backward.call.factors)
+                b = replace(b, flops=b.flops + products, kernels=b.kernels + factors)
         live, pooled, largest = (a.live, b.live), (a.pooled, b.pooled), (a.largest, b.largest)
         return BodyCosts(length, (a.flops, b.flops), live, pooled, (a.kernels, b.kernels), largest)
 

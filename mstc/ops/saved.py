@@ -34,14 +34,11 @@ def tags_of(gm: fx.GraphModule) -> str:
 
     Tags stand beside the code of a graph, which is all of it that AOTAutograd's cache knows.
     """
-    again = {n.name: (str(n.meta["recompute"]), n.meta.get("ac_graph_id", 0)) for n in gm.graph.nodes if _again(n)}
-    blocks = sorted({block for _, block in again.values()})
-    tags = [offloads_of(gm), *((name, tag, blocks.index(block)) for name, (tag, block) in again.items())]
-    return digest(*tags) if any(tags) else ""
-
-
-def _again(node: fx.Node) -> bool:
-    return node.meta.get("recompute") is not None
+    found = [n for n in gm.graph.nodes if "recompute" in n.meta]
+    blocks = sorted({n.meta.get("ac_graph_id", 0) for n in found})
+    again = [(n.name, str(n.meta["recompute"]), blocks.index(n.meta.get("ac_graph_id", 0))) for n in found]
+    offloads = offloads_of(gm)
+    return digest(offloads, *again) if offloads or again else ""
 
 
 def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, results: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
+from mstc import compat
 from mstc.ops.locality import near_readers
 
 aten = torch.ops.aten
@@ -34,6 +36,21 @@ def test_results_come_last_but_sums_do_not_wait() -> None:
     inputs = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for a, b in zip(moved(*inputs), given(*inputs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sums_of_few_terms_do_not_wait_either() -> None:
+    """Two texts' gradients of what both share, which Inductor adds up without a loop."""
+    with compat.FakeTensorMode():
+        fakes = [torch.empty(2, 4), torch.empty(4, 4)]
+
+    def shared(x: Tensor, w: Tensor) -> list[Tensor]:
+        y = x.sin()
+        total = y.sum(0)
+        return [y @ w, total]
+
+    given = compat.trace_flat(shared, fakes)
+    order = [n.target for n in near_readers(given).graph.nodes if n.op == "call_function"]
+    assert order == [aten.sin.default, aten.sum.dim_IntList, aten.mm.default]
 
 
 def test_the_graph_itself_stays() -> None:
